@@ -1,0 +1,1 @@
+"""Models: policies and their parts. Called by the engine; know nothing of pages, requests or sockets."""
