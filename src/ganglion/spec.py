@@ -1,7 +1,12 @@
-"""Specs: what a served policy takes and gives, as plain data. Read by the edge to check observations. No torch."""
+"""Specs: what a served policy takes and gives, and the stages it is computed in, as plain data. No torch.
+
+Read by the edge (to check observations), by the scheduler (to plan) and by the memory (to size pages).
+"""
 
 from dataclasses import dataclass
 from typing import Any
+
+from ganglion.types import SpanKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,3 +56,21 @@ class PolicySpec:
             "action_high": list(self.action_high),
             "max_prompt_bytes": self.max_prompt_bytes,
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One kind of span of this model: reads the pages of earlier stages, writes its own.
+
+    A stage with `is_shared` is content-addressed: `Model.key` names what its pages hold, and robots with the same
+    content share them. The last stage's pages are what `Model.emit` turns into actions.
+    """
+
+    name: str
+    kind: SpanKind
+    num_units: int  # encode: images; prefill: tokens; denoise: flow steps
+    reads: tuple[str, ...]  # names of earlier stages; a denoise stage also reads its own pages
+    layout: str
+    num_pages: int
+    is_shared: bool
+    is_divisible: bool  # may a piece advance only some of its units?

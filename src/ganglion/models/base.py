@@ -10,26 +10,8 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from ganglion.layout import PageLayout
-from ganglion.spec import PolicySpec
-from ganglion.types import Float32Array, Observation, SpanKind
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One kind of span of this model: reads the pages of earlier stages, writes its own.
-
-    A stage with `is_shared` is content-addressed: `Model.key` names what its pages hold, and robots with the same
-    content share them. The last stage's pages are what `emit` turns into actions.
-    """
-
-    name: str
-    kind: SpanKind
-    num_units: int  # encode: images; prefill: tokens; denoise: flow steps
-    reads: tuple[str, ...]  # names of earlier stages; a denoise stage also reads its own pages
-    layout: str
-    num_pages: int
-    is_shared: bool
-    is_divisible: bool  # may a piece advance only some of its units?
+from ganglion.spec import PolicySpec, Stage
+from ganglion.types import Float32Array, Observation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
