@@ -4,8 +4,8 @@ Called by `serve.dashboard` on the event loop's thread only. Knows neither socke
 draws it. A robot's own end is `robots.side`.
 
 The side channel is the websocket `/v1/robots/side`. It is optional: a robot is controlled the same without it.
-Every message is one binary websocket message: a msgpack map with exactly ONE key, which names its kind. At most
-`MAX_MESSAGE_BYTES` (288 KiB). Unknown keys inside are ignored, counted and logged once; missing ones are refused.
+Every message is one binary websocket message: a msgpack map. A robot's has exactly ONE key, which names its kind, and
+at most `MAX_MESSAGE_BYTES` (288 KiB). Unknown keys are ignored, counted and logged once; missing ones are refused.
 "?" marks what may be absent or nil.
 
 Robot -> server
@@ -32,11 +32,12 @@ Robot -> server
         "reply_prompt": str?,                 the prompt that the newest reply says it followed
         "latency_ms": float?,                 newest chunk: observation sent -> chunk received
     }}
-    and      {"jpeg": bytes}                  only while watched, at most 10 a second, at most 256 KiB, baseline JPEG,
+    and      {"jpeg": bytes}                  only while watched, at most `max_view_hz`, at most 256 KiB, a whole JPEG,
                                               upright, any size (224 x 224 is plenty); the newest wins
 Server -> robot
-    {"watch": bool}                           right after the hello (that is its acknowledgement) and at every change:
-                                              whether somebody looks. Until the first one: nobody does
+    {"watch": bool, "max_view_hz": float}     right after the hello (that is its acknowledgement) and at every change:
+                                              whether somebody looks, and how many views a second at most (10 for a
+                                              few robots, fewer when many share a machine). Until then: nobody does
     {"error": {"code": str, "message": str, "next_step": str}}
                                               the message before was refused; the connection lives on, except after a
                                               refused hello (closed with 1008)
