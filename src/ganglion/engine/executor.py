@@ -1,0 +1,100 @@
+"""Executor: obeys a step's plan with tensors. Called by `engine.step` on the loop's thread; chooses nothing.
+
+Gathers the pages that a piece reads, runs the model's stage, scatters what it wrote. A piece that raises spoils only
+its own rows.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+
+from ganglion.clock import Clock
+from ganglion.engine.lane import Lanes, Task
+from ganglion.engine.work import Piece, StepPlan
+from ganglion.memory.arena import Arena
+from ganglion.models.base import Model, StageBatch
+from ganglion.spec import Stage
+from ganglion.types import Float32Array, Observation, PageId
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PieceResult:
+    """How one piece went: when it started (Clock seconds), how long it ran, which of its rows failed."""
+
+    start_s: float
+    run_us: float
+    failed_rows: frozenset[int]
+
+
+class Executor:
+    """Runs pieces of several models over one arena, spread over lanes as the plan says."""
+
+    def __init__(
+        self, models: Mapping[str, Model], arena: Arena, lanes: Lanes, clock: Clock
+    ) -> None:
+        self._models, self._arena, self._lanes, self._clock = models, arena, lanes, clock
+
+    def run(self, plan: StepPlan) -> tuple[PieceResult, ...]:
+        """Run every piece, wave by wave; results in the order of `plan.pieces`."""
+        results: dict[int, PieceResult] = {}
+        with torch.inference_mode():
+            numbered = enumerate(plan.pieces)
+            for _, wave in groupby(numbered, key=lambda item: item[1].order.wave):
+                tasks: list[tuple[int, Task]] = [
+                    (piece.order.lane, partial(self._run_into, results, at, piece))
+                    for at, piece in wave
+                ]
+                self._lanes.run(tasks)
+        return tuple(results[at] for at in range(len(plan.pieces)))
+
+    def emit(
+        self,
+        model: str,
+        stage: Stage,
+        pages: Sequence[Sequence[PageId]],
+        observations: tuple[Observation, ...],
+    ) -> Float32Array:
+        """Actions [row, horizon, action_dim] of finished rows."""
+        with torch.inference_mode():
+            return self._models[model].emit(self._arena.gather(stage.layout, pages), observations)
+
+    def _run_into(self, results: dict[int, PieceResult], at: int, piece: Piece) -> None:
+        start_s = self._clock.now_s()
+        failed = frozenset[int]()
+        if not self._try_rows(piece, range(len(piece.writes))):
+            # One bad observation must not spoil its batch mates: find it by running every row alone.
+            rows = range(len(piece.writes))
+            failed = frozenset(
+                row for row in rows if len(rows) == 1 or not self._try_rows(piece, (row,))
+            )
+        run_us = (self._clock.now_s() - start_s) * 1e6
+        results[at] = PieceResult(start_s=start_s, run_us=run_us, failed_rows=failed)
+
+    def _try_rows(self, piece: Piece, rows: Sequence[int]) -> bool:
+        try:
+            self._run_rows(piece, rows)
+        except Exception:  # noqa: BLE001 - ends these rows' requests, keeps the rest alive
+            logger.exception("stage %s failed on %d rows", piece.order.stage.name, len(rows))
+            return False
+        return True
+
+    def _run_rows(self, piece: Piece, rows: Sequence[int]) -> None:
+        order = piece.order
+        reads = {
+            stage.name: self._arena.gather(stage.layout, [pages[row] for row in rows])
+            for stage, pages in piece.reads
+        }
+        batch = StageBatch(
+            observations=tuple(piece.observations[row] for row in rows),
+            reads=reads,
+            first_units=tuple(order.first_units[row] for row in rows),
+            num_units=order.num_units,
+        )
+        out = self._models[order.model].run(order.stage, batch)
+        self._arena.scatter(order.stage.layout, [piece.writes[row] for row in rows], out)

@@ -1,0 +1,78 @@
+"""Lanes: threads pinned to cores, each with as many torch threads as cores. Called by the executor.
+
+Lane 0 is the engine loop's own thread, so a server with one lane hands no work over. Knows nothing of plans.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import torch
+
+Task = Callable[[], None]
+
+
+def pin_this_thread(cores: Sequence[int]) -> None:
+    """Bind the calling thread to `cores` (where the system allows it) and give torch one thread a core."""
+    if hasattr(os, "sched_setaffinity") and cores:
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, allowed.intersection(cores) or allowed)
+    torch.set_num_threads(max(1, len(cores)))
+
+
+class Lanes:
+    """A fixed set of lanes; `run` blocks until every task of a wave is done."""
+
+    def __init__(self, cores: Sequence[Sequence[int]]) -> None:
+        assert cores, "an engine needs at least one lane"
+        self._cores = [tuple(group) for group in cores]
+        self._queues: list[queue.SimpleQueue[tuple[Task, Future[None]] | None]] = [
+            queue.SimpleQueue() for _ in self._cores[1:]
+        ]
+        self._threads = [
+            threading.Thread(target=self._serve, args=(at,), name=f"lane-{at + 1}", daemon=True)
+            for at in range(len(self._queues))
+        ]
+
+    def __len__(self) -> int:
+        return len(self._cores)
+
+    def open(self) -> None:
+        """Pin the calling thread as lane 0 and start the others."""
+        pin_this_thread(self._cores[0])
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Stop the other lanes; waits for the tasks that they run."""
+        for box, thread in zip(self._queues, self._threads, strict=True):
+            box.put(None)
+            if thread.is_alive():
+                thread.join()
+
+    def run(self, tasks: Sequence[tuple[int, Task]]) -> None:
+        """Run (lane, task) pairs, those of one lane in order; returns when all are done.
+
+        A task must not raise: it keeps its own errors.
+        """
+        pending: list[Future[None]] = []
+        for lane, task in tasks:
+            if lane:
+                future: Future[None] = Future()
+                self._queues[lane - 1].put((task, future))
+                pending.append(future)
+        for lane, task in tasks:
+            if not lane:
+                task()
+        for future in pending:
+            future.result()
+
+    def _serve(self, at: int) -> None:
+        pin_this_thread(self._cores[at + 1])
+        with torch.inference_mode():
+            while (item := self._queues[at].get()) is not None:
+                task, future = item
+                task()
+                future.set_result(None)

@@ -1,0 +1,165 @@
+"""Scheduler: which rows advance by how many units in the next step. Pure ints: sees cursors and deadlines only.
+
+Called by `engine.step`. Earliest deadline first; rows of one stage batch together, from different robots and at
+different cursors. Within a step, stages whose inputs an earlier wave of the same step computes follow at once, so an
+idle server answers in one step.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from ganglion.engine.work import PieceOrder, WorkView
+from ganglion.plan.cost import CostModel
+from ganglion.spec import Stage
+from ganglion.types import RequestId
+
+
+@runtime_checkable
+class Scheduler(Protocol):
+    """Turns waiting work into the pieces of one step."""
+
+    def plan(self, view: Sequence[WorkView], budget_us: int) -> tuple[PieceOrder, ...]:
+        """Pieces in wave order whose expected time fits `budget_us`; at least one when there is work."""
+        ...
+
+
+class DeadlineScheduler:
+    """Earliest deadline first within a budget of microseconds (compare EDF in Liu and Layland, 1973; Clockwork)."""
+
+    def __init__(
+        self,
+        stages: Mapping[str, tuple[Stage, ...]],
+        cost: CostModel,
+        *,
+        max_rows: int,
+        num_lanes: int,
+    ) -> None:
+        self._stages, self._cost = stages, cost
+        self._max_rows, self._num_lanes = max_rows, num_lanes
+        self._index = {
+            model: {stage.name: at for at, stage in enumerate(graph)}
+            for model, graph in stages.items()
+        }
+
+    def plan(self, view: Sequence[WorkView], budget_us: int) -> tuple[PieceOrder, ...]:
+        ordered = sorted(view, key=lambda work: (work.deadline_us, work.request_id))
+        cursors = {work.request_id: list(work.cursors) for work in ordered}
+        orders: list[PieceOrder] = []
+        left_us, wave = budget_us, 0
+        while left_us > 0:
+            placed = self._plan_wave(ordered, cursors, left_us, wave, is_first=not orders)
+            if not placed:
+                break
+            for order in placed:
+                at = self._index[order.model][order.stage.name]
+                for request_id in order.rows:
+                    cursors[request_id][at] += order.num_units
+            orders += placed
+            left_us -= _wave_us(placed)
+            wave += 1
+        return tuple(orders)
+
+    def _plan_wave(
+        self,
+        ordered: Sequence[WorkView],
+        cursors: Mapping[RequestId, list[int]],
+        budget_us: int,
+        wave: int,
+        *,
+        is_first: bool,
+    ) -> list[PieceOrder]:
+        placed: list[PieceOrder] = []
+        lane_us = [0] * self._num_lanes
+        for (model, at), rows in self._ready(ordered, cursors).items():
+            stage = self._stages[model][at]
+            left_us = budget_us - min(lane_us)
+            fit = self._fit(model, stage, rows, at, cursors, left_us, is_forced=is_first and not placed)
+            for share in _split(fit, self._num_lanes):
+                lane = lane_us.index(min(lane_us))
+                order = self._order(model, stage, share, at, cursors, left_us, wave, lane)
+                lane_us[lane] += order.cost_us
+                placed.append(order)
+        return placed
+
+    def _ready(
+        self, ordered: Sequence[WorkView], cursors: Mapping[RequestId, list[int]]
+    ) -> dict[tuple[str, int], list[RequestId]]:
+        """Rows by stage, both in deadline order: a stage stands where its most urgent row stands."""
+        groups: dict[tuple[str, int], list[RequestId]] = {}
+        for work in ordered:
+            stages, index = self._stages[work.model], self._index[work.model]
+            cursor = cursors[work.request_id]
+            for at, stage in enumerate(stages):
+                is_ready = cursor[at] < stage.num_units and all(
+                    cursor[index[name]] == stages[index[name]].num_units for name in stage.reads
+                )
+                if is_ready:
+                    groups.setdefault((work.model, at), []).append(work.request_id)
+        return groups
+
+    def _fit(
+        self,
+        model: str,
+        stage: Stage,
+        rows: list[RequestId],
+        at: int,
+        cursors: Mapping[RequestId, list[int]],
+        budget_us: int,
+        *,
+        is_forced: bool,
+    ) -> list[RequestId]:
+        """The most urgent rows whose smallest piece fits the budget; one row at least when forced."""
+        rows = rows[: self._max_rows]
+        while rows:
+            num_units = 1 if stage.is_divisible else stage.num_units - cursors[rows[0]][at]
+            per_lane = -(-len(rows) // self._num_lanes)
+            cost_us = self._cost.estimate_us(
+                model, stage.name, num_rows=per_lane, num_units=num_units
+            )
+            if cost_us <= budget_us or (is_forced and len(rows) == 1):
+                return rows
+            rows = rows[: len(rows) * max(budget_us, 1) // (cost_us + 1) or (1 if is_forced else 0)]
+        return []
+
+    def _order(
+        self,
+        model: str,
+        stage: Stage,
+        rows: Sequence[RequestId],
+        at: int,
+        cursors: Mapping[RequestId, list[int]],
+        budget_us: int,
+        wave: int,
+        lane: int,
+    ) -> PieceOrder:
+        num_units = min(stage.num_units - cursors[request_id][at] for request_id in rows)
+        unit_us = max(
+            1, self._cost.estimate_us(model, stage.name, num_rows=len(rows), num_units=1)
+        )
+        if stage.is_divisible:
+            num_units = min(num_units, max(1, budget_us // unit_us))
+        return PieceOrder(
+            model=model,
+            stage=stage,
+            rows=tuple(rows),
+            first_units=tuple(cursors[request_id][at] for request_id in rows),
+            num_units=num_units,
+            wave=wave,
+            lane=lane,
+            cost_us=unit_us * num_units,
+        )
+
+
+def _split(rows: Sequence[RequestId], num_parts: int) -> list[Sequence[RequestId]]:
+    """Rows in at most `num_parts` nearly equal runs."""
+    num_parts = min(num_parts, len(rows))
+    bounds = [len(rows) * part // num_parts for part in range(num_parts + 1)] if rows else [0]
+    return [rows[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def _wave_us(orders: Sequence[PieceOrder]) -> int:
+    """A wave lasts as long as its busiest lane."""
+    lane_us: dict[int, int] = {}
+    for order in orders:
+        lane_us[order.lane] = lane_us.get(order.lane, 0) + order.cost_us
+    return max(lane_us.values())

@@ -1,0 +1,348 @@
+"""The engine step: plan -> run -> commit. Owns requests, contexts and the ledger; called on the loop's thread only.
+
+The synchronous core: no locks, no sockets, no waiting. Knows pages by id and tensors not at all.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ganglion.clock import Clock
+from ganglion.engine.context import PublicContext
+from ganglion.engine.executor import Executor, PieceResult
+from ganglion.engine.scheduler import Scheduler
+from ganglion.engine.work import Piece, PieceOrder, Span, StepPlan, Work, WorkView
+from ganglion.errors import CancelledError, GanglionError, InternalError, OutOfPagesError
+from ganglion.memory.ledger import Ledger
+from ganglion.memory.prefix import page_keys
+from ganglion.models.base import Model
+from ganglion.plan.cost import CostModel
+from ganglion.spec import Stage
+from ganglion.types import (
+    Float32Array,
+    Observation,
+    PieceRecord,
+    RequestId,
+    SessionId,
+    SpanKind,
+    StepRecord,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A request that left the engine: actions [horizon, action_dim], or the error that ended it."""
+
+    work: Work
+    outcome: Float32Array | GanglionError
+
+
+class Engine:
+    """Continuous batching over spans: each step advances whatever is most urgent, whoever asked for it.
+
+    Invariants, per span: [0, cursor) computed; `pages` empty or one reference each held by the work, until the
+    session's context takes them over.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        ledger: Ledger,
+        scheduler: Scheduler,
+        executor: Executor,
+        cost: CostModel,
+        clock: Clock,
+        *,
+        step_budget_us: int,
+        num_step_records: int,
+    ) -> None:
+        self._models, self._ledger = models, ledger
+        self._scheduler, self._executor, self._cost = scheduler, executor, cost
+        self._clock, self._step_budget_us = clock, step_budget_us
+        self._works: dict[RequestId, Work] = {}
+        self._contexts: dict[SessionId, PublicContext] = {}
+        self._finished: list[Finished] = []
+        self._num_steps = 0
+        self.records: deque[StepRecord] = deque(maxlen=num_step_records)
+
+    @property
+    def has_work(self) -> bool:
+        """Is a request waiting or in flight?"""
+        return bool(self._works)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger, for statistics."""
+        return self._ledger
+
+    def context_version(self, session_id: SessionId) -> int:
+        """Newest committed version of the session's public context; 0 before the first."""
+        context = self._contexts.get(session_id)
+        return context.version if context else 0
+
+    def num_pages(self, session_id: SessionId) -> dict[str, int]:
+        """Pages that the session's context holds, by layout."""
+        context = self._contexts.get(session_id)
+        return context.num_pages() if context else {}
+
+    def submit(
+        self, request_id: RequestId, model: str, observation: Observation, *, deadline_s: float
+    ) -> Work:
+        """Admit one observation. Shared stages whose pages are known already start out done."""
+        work = Work(
+            request_id=request_id,
+            model=model,
+            observation=observation,
+            spans={},
+            deadline_us=round(deadline_s * 1e6),
+            submitted_s=self._clock.now_s(),
+        )
+        for stage in self._models[model].stages:
+            work.spans[stage.name] = self._open_span(model, stage, observation)
+        self._works[request_id] = work
+        return work
+
+    def cancel(self, request_id: RequestId, reason: GanglionError | None = None) -> None:
+        """Drop a request; its pages are back at once, its outcome is `reason` (default CancelledError)."""
+        work = self._works.get(request_id)
+        if work is not None:
+            self._finish(work, reason or CancelledError("request was cancelled"))
+
+    def close_session(self, session_id: SessionId) -> None:
+        """Cancel the session's requests and give its context's pages back."""
+        for work in [w for w in self._works.values() if w.observation.session_id == session_id]:
+            self.cancel(work.request_id)
+        context = self._contexts.pop(session_id, None)
+        if context is not None:
+            context.close()
+
+    def step(self) -> StepRecord | None:
+        """Advance the most urgent work by one budget; None when there is nothing to do."""
+        plan = self._plan()
+        if plan is None:
+            return None
+        start_s = self._clock.now_s()
+        results = self._executor.run(plan)
+        return self._commit(plan, results, start_s)
+
+    def drain_finished(self) -> list[Finished]:
+        """Requests that left since the last call, in order."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    # --- plan ------------------------------------------------------------------------------------------------
+
+    def _open_span(self, model: str, stage: Stage, observation: Observation) -> Span:
+        if not stage.is_shared:
+            return Span(stage=stage)
+        content = self._models[model].key(stage, observation)
+        keys = page_keys(f"{model}/{stage.name}", content, stage.num_pages)
+        pages = self._ledger.match(stage.layout, keys)
+        if len(pages) == stage.num_pages:
+            return Span(stage=stage, keys=keys, cursor=stage.num_units, pages=pages)
+        if pages:
+            self._ledger.release(stage.layout, pages)
+        return Span(stage=stage, keys=keys)
+
+    def _plan(self) -> StepPlan | None:
+        if not self._works:
+            return None
+        view = [
+            WorkView(
+                request_id=work.request_id,
+                model=work.model,
+                deadline_us=work.deadline_us,
+                cursors=tuple(span.cursor for span in work.spans.values()),
+            )
+            for work in self._works.values()
+        ]
+        orders = self._scheduler.plan(view, self._step_budget_us)
+        dropped = self._reserve(orders)
+        pieces = tuple(
+            piece for order in orders if (piece := self._piece(order, dropped)) is not None
+        )
+        self._num_steps += 1
+        return StepPlan(
+            step=self._num_steps,
+            budget_us=self._step_budget_us,
+            num_waiting=len(self._works),
+            pieces=pieces,
+        )
+
+    def _reserve(self, orders: Sequence[PieceOrder]) -> frozenset[RequestId]:
+        """Give every row that writes its pages; rows that the pool cannot serve now sit this step out.
+
+        When no row could be served, nothing would ever free a page: the least urgent ends with OutOfPagesError.
+        """
+        dropped: set[RequestId] = set()
+        num_served = 0
+        for order in orders:
+            for request_id in order.rows:
+                work = self._works.get(request_id)
+                if work is None or request_id in dropped:
+                    continue
+                span = work.spans[order.stage.name]
+                num_served += 1
+                if span.pages:
+                    continue
+                try:
+                    span.pages = self._ledger.reserve(
+                        order.stage.layout,
+                        order.stage.num_pages,
+                        owner=work.observation.session_id,
+                    )
+                except OutOfPagesError as error:
+                    dropped.add(request_id)
+                    num_served -= 1
+                    last_error = error
+        if dropped and not num_served:
+            self._finish(self._works[max(dropped, key=self._urgency)], last_error)
+        return frozenset(dropped)
+
+    def _urgency(self, request_id: RequestId) -> int:
+        return self._works[request_id].deadline_us
+
+    def _piece(self, order: PieceOrder, dropped: frozenset[RequestId]) -> Piece | None:
+        kept = [
+            (request_id, first)
+            for request_id, first in zip(order.rows, order.first_units, strict=True)
+            if request_id not in dropped
+        ]
+        if not kept:
+            return None
+        works = [self._works[request_id] for request_id, _ in kept]
+        stages = [works[0].spans[name].stage for name in order.stage.reads]
+        if order.stage.is_divisible:
+            stages.append(order.stage)
+        if len(kept) < len(order.rows):
+            order = PieceOrder(
+                model=order.model,
+                stage=order.stage,
+                rows=tuple(request_id for request_id, _ in kept),
+                first_units=tuple(first for _, first in kept),
+                num_units=order.num_units,
+                wave=order.wave,
+                lane=order.lane,
+                cost_us=order.cost_us,
+            )
+        return Piece(
+            order=order,
+            observations=tuple(work.observation for work in works),
+            reads=tuple(
+                (stage, tuple(work.spans[stage.name].pages for work in works)) for stage in stages
+            ),
+            writes=tuple(work.spans[order.stage.name].pages for work in works),
+        )
+
+    # --- commit ----------------------------------------------------------------------------------------------
+
+    def _commit(
+        self, plan: StepPlan, results: Sequence[PieceResult], start_s: float
+    ) -> StepRecord:
+        for piece, result in zip(plan.pieces, results, strict=True):
+            order = piece.order
+            if not result.failed_rows:
+                self._cost.observe(
+                    order.model,
+                    order.stage.name,
+                    num_rows=len(order.rows),
+                    num_units=order.num_units,
+                    run_us=result.run_us,
+                )
+            for row, request_id in enumerate(order.rows):
+                work = self._works.get(request_id)
+                if work is None:
+                    continue
+                if row in result.failed_rows:
+                    self._finish(work, InternalError("the model failed on this observation"))
+                else:
+                    self._advance(work, order, result)
+        self._emit([work for work in self._works.values() if work.is_done])
+        return self._record(plan, results, start_s)
+
+    def _advance(self, work: Work, order: PieceOrder, result: PieceResult) -> None:
+        if work.started_s is None:
+            work.started_s = result.start_s
+        if order.stage.kind is SpanKind.DENOISE:
+            work.generate_us += result.run_us
+        else:
+            work.perceive_us += result.run_us
+        work.batch_size = max(work.batch_size, len(order.rows))
+        span = work.spans[order.stage.name]
+        span.cursor += order.num_units
+        if span.is_done:
+            self._ledger.commit(order.stage.layout, span.pages, span.keys or None)
+        if not work.context_version and all(
+            other.is_done for other in work.spans.values() if other is not work.last_span
+        ):
+            self._publish(work)
+
+    def _publish(self, work: Work) -> None:
+        """The work's perception is complete: it becomes the next version of its session's public context."""
+        session_id = work.observation.session_id
+        context = self._contexts.setdefault(session_id, PublicContext(self._ledger, session_id))
+        work.context_version = context.publish(
+            tuple(
+                (span.stage.layout, span.pages)
+                for span in work.spans.values()
+                if span is not work.last_span
+            )
+        )
+
+    def _emit(self, works: Sequence[Work]) -> None:
+        by_model: dict[str, list[Work]] = {}
+        for work in works:
+            by_model.setdefault(work.model, []).append(work)
+        for model, rows in by_model.items():
+            pages = [work.last_span.pages for work in rows]
+            observations = tuple(work.observation for work in rows)
+            stage = rows[0].last_span.stage
+            try:
+                actions = self._executor.emit(model, stage, pages, observations)
+            except Exception:  # noqa: BLE001 - ends these requests, keeps the rest alive
+                logger.exception("emit of %s failed", model)
+                for work in rows:
+                    self._finish(work, InternalError("the model failed on this observation"))
+                continue
+            for work, action in zip(rows, actions, strict=True):
+                self._finish(work, action)
+
+    def _finish(self, work: Work, outcome: Float32Array | GanglionError) -> None:
+        del self._works[work.request_id]
+        for span in work.spans.values():
+            is_in_context = work.context_version and span is not work.last_span
+            if span.pages and not is_in_context:
+                self._ledger.release(span.stage.layout, span.pages)
+        if work.context_version:
+            self._contexts[work.observation.session_id].release(work.context_version)
+        self._finished.append(Finished(work=work, outcome=outcome))
+
+    def _record(
+        self, plan: StepPlan, results: Sequence[PieceResult], start_s: float
+    ) -> StepRecord:
+        record = StepRecord(
+            step=plan.step,
+            start_s=start_s,
+            run_us=(self._clock.now_s() - start_s) * 1e6,
+            budget_us=plan.budget_us,
+            num_waiting=plan.num_waiting,
+            pieces=tuple(
+                PieceRecord(
+                    model=piece.order.model,
+                    stage=piece.order.stage.name,
+                    kind=piece.order.stage.kind,
+                    lane=piece.order.lane,
+                    num_rows=len(piece.order.rows),
+                    num_units=piece.order.num_units,
+                    start_s=result.start_s,
+                    run_us=result.run_us,
+                    sessions=tuple(o.session_id for o in piece.observations),
+                )
+                for piece, result in zip(plan.pieces, results, strict=True)
+            ),
+        )
+        self.records.append(record)
+        return record

@@ -1,0 +1,102 @@
+"""Work: a request as an ordered list of spans with cursors, and the plan that advances them. Pure.
+
+Owned by the engine on the loop's thread. `Span` and `Work` change there only; views, orders, pieces and plans are
+frozen. Knows nothing of tensors.
+"""
+
+from dataclasses import dataclass, field
+
+from ganglion.spec import Stage
+from ganglion.types import Observation, PageId, RequestId
+
+
+@dataclass(slots=True, kw_only=True)
+class Span:
+    """One stage of one request. [0, cursor) of its units are computed; `pages` hold one reference each."""
+
+    stage: Stage
+    keys: tuple[bytes, ...] = ()  # one per page when the stage is shared
+    cursor: int = 0
+    pages: tuple[PageId, ...] = ()
+
+    @property
+    def num_left(self) -> int:
+        """Units that are still to be computed."""
+        return self.stage.num_units - self.cursor
+
+    @property
+    def is_done(self) -> bool:
+        """Are all its units computed?"""
+        return self.cursor == self.stage.num_units
+
+
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """One request: spans in the model's stage order, its deadline, and where its time went."""
+
+    request_id: RequestId
+    model: str
+    observation: Observation
+    spans: dict[str, Span]
+    deadline_us: int  # Clock time; orders the work
+    submitted_s: float
+    started_s: float | None = None
+    perceive_us: float = 0.0
+    generate_us: float = 0.0
+    batch_size: int = 1  # rows of the widest piece that carried it
+    context_version: int = 0
+    is_cancelled: bool = False
+
+    @property
+    def last_span(self) -> Span:
+        """The span whose pages become actions."""
+        return next(reversed(self.spans.values()))
+
+    @property
+    def is_done(self) -> bool:
+        """Is the last span computed?"""
+        return self.last_span.is_done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkView:
+    """What the scheduler sees of a request: cursors by stage name."""
+
+    request_id: RequestId
+    model: str
+    deadline_us: int
+    cursors: tuple[int, ...]  # in the model's stage order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PieceOrder:
+    """A box of work: rows x units of one stage. Pieces of one wave do not depend on each other."""
+
+    model: str
+    stage: Stage
+    rows: tuple[RequestId, ...]
+    first_units: tuple[int, ...]
+    num_units: int
+    wave: int
+    lane: int
+    cost_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """An order with its pages: what the executor reads and writes, by layout-local page ids."""
+
+    order: PieceOrder
+    observations: tuple[Observation, ...]
+    reads: tuple[tuple[Stage, tuple[tuple[PageId, ...], ...]], ...]  # stage read -> pages per row
+    writes: tuple[tuple[PageId, ...], ...]  # pages per row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """One engine step: pieces in wave order. The executor obeys it and chooses nothing."""
+
+    step: int
+    budget_us: int
+    num_waiting: int
+    pieces: tuple[Piece, ...] = field(default=())

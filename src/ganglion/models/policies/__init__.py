@@ -1,0 +1,1 @@
+"""Robot policies: each family is one file with the same public calls."""

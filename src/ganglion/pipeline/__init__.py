@@ -1,0 +1,1 @@
+"""Pipeline: sessions and the in-process Service. Called by `cli` and `bench`; knows no sockets."""

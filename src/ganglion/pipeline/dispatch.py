@@ -1,0 +1,275 @@
+"""Dispatcher: from messages to engine work and from finished work to outcomes. On the loop's thread only.
+
+Owns the sessions. Called by `pipeline.local` through the engine loop. Each submission gets exactly one outcome.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from ganglion.clock import Clock
+from ganglion.engine.step import Engine, Finished
+from ganglion.engine.work import Work
+from ganglion.errors import (
+    CancelledError,
+    DeadlineMissedError,
+    ErrorCode,
+    GanglionError,
+    SupersededError,
+    UnsafeActionError,
+)
+from ganglion.metrics import Metrics
+from ganglion.pipeline.act import ActionGuard
+from ganglion.pipeline.session import Session, Submission
+from ganglion.service import Outcome
+from ganglion.spec import PolicySpec
+from ganglion.types import (
+    ActionChunk,
+    CloseSession,
+    Command,
+    Float32Array,
+    OverridePrompt,
+    RequestId,
+    ResetSession,
+    ServiceStats,
+    SessionId,
+    SessionStats,
+    Timing,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Message: drop one request."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Refresh:
+    """Message: make a new picture for `stats`."""
+
+
+Message = Submission | Cancel | Refresh | Command
+
+
+class Dispatcher:
+    """Sessions in front of one engine: newest observation wins, operators may re-instruct, robots own their sessions."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        spec: PolicySpec,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._engine, self._spec, self._clock, self._metrics = engine, spec, clock, metrics
+        self._guard = ActionGuard(spec)
+        self._sessions: dict[SessionId, Session] = {}
+        self._open: dict[RequestId, tuple[Session, Submission]] = {}
+        self._num_requests = self._num_results = self._num_errors = self._num_cancelled = 0
+
+    # --- messages --------------------------------------------------------------------------------------------
+
+    def handle(self, message: Message) -> None:
+        """Apply one message."""
+        match message:
+            case Submission():
+                self._offer(message)
+            case Cancel(request_id):
+                self._cancel(request_id)
+            case ResetSession() | CloseSession():
+                self._drop(message.session_id, is_gone=isinstance(message, CloseSession))
+            case OverridePrompt():
+                self._override(message)
+            case Refresh():
+                pass
+
+    def step(self) -> bool:
+        """One engine step and its outcomes; is there more to do?"""
+        record = self._engine.step()
+        if record is not None:
+            self._metrics.observe_step(record)
+        self._settle_all()
+        return self._engine.has_work
+
+    def fail_all(self, error: GanglionError) -> None:
+        """End every open request with `error` (a defect, or the server is stopping)."""
+        for request_id in list(self._open):
+            self._cancel(request_id, error)
+
+    def _offer(self, submission: Submission) -> None:
+        self._num_requests += 1
+        observation = submission.observation
+        session = self._sessions.get(observation.session_id)
+        if session is None:
+            session = Session(session_id=observation.session_id, robot_id=observation.robot_id)
+            self._sessions[observation.session_id] = session
+        self._open[submission.request_id] = (session, submission)
+        try:
+            displaced = session.offer(submission)
+        except SupersededError as error:
+            self._answer(submission.request_id, error)
+            return
+        if displaced is not None:
+            self._answer(
+                displaced.request_id,
+                SupersededError(seq=displaced.observation.seq, newest_seq=session.newest_seq),
+            )
+        self._admit(session)
+
+    def _admit(self, session: Session) -> None:
+        """Send the session's waiting observation into the engine, if its last one is out."""
+        while (submission := session.take()) is not None:
+            late_s = self._clock.now_s() - submission.deadline_s
+            if submission.is_deadline_strict and late_s > 0:
+                session.in_flight = None
+                session.num_deadline_misses += 1
+                deadline_ms = (submission.deadline_s - submission.submitted_s) * 1e3
+                self._answer(
+                    submission.request_id,
+                    DeadlineMissedError(late_ms=late_s * 1e3, deadline_ms=deadline_ms),
+                )
+                continue
+            self._engine.submit(
+                submission.request_id,
+                self._spec.name,
+                submission.observation,
+                deadline_s=submission.deadline_s,
+            )
+            return
+
+    def _cancel(self, request_id: RequestId, reason: GanglionError | None = None) -> None:
+        if request_id not in self._open:
+            return
+        session, _ = self._open[request_id]
+        if session.in_flight is not None and session.in_flight.request_id == request_id:
+            self._engine.cancel(request_id, reason)
+            self._settle_all()
+        else:
+            session.waiting = None
+            self._answer(request_id, reason or CancelledError("request was cancelled"))
+
+    def _drop(self, session_id: SessionId, *, is_gone: bool) -> None:
+        session = self._sessions.get(session_id)
+        if session is not None:
+            for submission in session.drain():
+                self._engine.cancel(submission.request_id)
+                if submission.request_id in self._open:
+                    self._answer(submission.request_id, CancelledError("session was reset"))
+            self._engine.close_session(session_id)
+            self._settle_all()
+            session.newest_seq = -1
+        if is_gone:
+            self._sessions.pop(session_id, None)
+
+    def _override(self, command: OverridePrompt) -> None:
+        session = self._sessions.get(command.session_id)
+        if session is not None:
+            session.prompt_override = command.prompt
+            logger.info("session %s: prompt override %r", command.session_id, command.prompt)
+
+    # --- outcomes --------------------------------------------------------------------------------------------
+
+    def _settle_all(self) -> None:
+        for finished in self._engine.drain_finished():
+            self._settle(finished)
+
+    def _settle(self, finished: Finished) -> None:
+        work = finished.work
+        if work.request_id not in self._open:
+            return
+        session, submission = self._open[work.request_id]
+        session.in_flight = None
+        outcome: Outcome
+        if isinstance(finished.outcome, GanglionError):
+            outcome = finished.outcome
+        else:
+            outcome = self._chunk(session, submission, work, finished.outcome)
+        self._answer(work.request_id, outcome)
+        self._admit(session)
+
+    def _chunk(
+        self, session: Session, submission: Submission, work: Work, actions: Float32Array
+    ) -> Outcome:
+        try:
+            checked = self._guard.check(actions)
+        except UnsafeActionError as error:
+            return error
+        now_s = self._clock.now_s()
+        infer_ms = (now_s - submission.submitted_s) * 1e3
+        queue_ms = ((work.started_s or now_s) - submission.submitted_s) * 1e3
+        perceive_ms, generate_ms = work.perceive_us * 1e-3, work.generate_us * 1e-3
+        is_deadline_met = now_s <= submission.deadline_s
+        session.num_deadline_misses += not is_deadline_met
+        session.count_chunk(now_s, infer_ms)
+        return ActionChunk(
+            session_id=session.session_id,
+            obs_seq=work.observation.seq,
+            obs_time_ns=work.observation.obs_time_ns,
+            actions=checked,
+            prompt=work.observation.prompt,
+            is_prompt_overridden=session.prompt_override is not None
+            and work.observation.prompt == session.prompt_override,
+            model_version=self._spec.version,
+            context_version=work.context_version,
+            batch_size=work.batch_size,
+            is_deadline_met=is_deadline_met,
+            timing=Timing(
+                queue_ms=queue_ms,
+                perceive_ms=perceive_ms,
+                generate_ms=generate_ms,
+                wait_ms=max(0.0, infer_ms - queue_ms - perceive_ms - generate_ms),
+                infer_ms=infer_ms,
+            ),
+        )
+
+    def _answer(self, request_id: RequestId, outcome: Outcome) -> None:
+        session, submission = self._open.pop(request_id)
+        if isinstance(outcome, ActionChunk):
+            self._num_results += 1
+        elif outcome.code in (ErrorCode.CANCELLED, ErrorCode.SUPERSEDED):
+            self._num_cancelled += 1
+        else:
+            self._num_errors += 1
+            session.num_errors += 1
+        self._metrics.observe_outcome(outcome)
+        submission.on_done(outcome)
+
+    # --- statistics ------------------------------------------------------------------------------------------
+
+    def picture(self, *, is_ready: bool, stage: str) -> ServiceStats:
+        """Everything that an operator sees, as of now."""
+        now_s = self._clock.now_s()
+        return ServiceStats(
+            now_s=now_s,
+            is_ready=is_ready,
+            stage=stage,
+            sessions=tuple(self._session_stats(s, now_s) for s in self._sessions.values()),
+            pool=self._engine.ledger.stats(),
+            steps=tuple(self._engine.records),
+            num_requests=self._num_requests,
+            num_results=self._num_results,
+            num_errors=self._num_errors,
+            num_cancelled=self._num_cancelled,
+        )
+
+    def _session_stats(self, session: Session, now_s: float) -> SessionStats:
+        return SessionStats(
+            session_id=session.session_id,
+            robot_id=session.robot_id,
+            prompt=session.prompt if session.prompt_override is None else session.prompt_override,
+            is_prompt_overridden=session.prompt_override is not None,
+            num_chunks=session.num_chunks,
+            num_superseded=session.num_superseded,
+            num_deadline_misses=session.num_deadline_misses,
+            num_errors=session.num_errors,
+            chunk_hz=session.chunk_hz(now_s),
+            last_infer_ms=session.last_infer_ms,
+            last_seq=session.newest_seq,
+            context_version=self._engine.context_version(session.session_id),
+            num_pages=self._engine.num_pages(session.session_id),
+        )
+
+
