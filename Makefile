@@ -1,0 +1,77 @@
+# Two commands to remember: `make demo` and `make test`. The rest is for those who change the code.
+# A Linux machine without a GPU saves 3 GB with: PIP_EXTRA_INDEX_URL=<PyTorch's CPU wheel index> make demo
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+GL := $(VENV)/.gl
+# One thread a process: robots, server and tests share the cores on purpose, not by accident.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo test test-all check docs bench gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      simulated arms, the server and the dashboard, on this machine"
+	@echo "make test      all tests but the slow ones (about ten minutes on two cores)"
+	@echo "make check     format, lint, types, import directions, generated docs"
+	@echo "make test-all  the slow tests too"
+	@echo "make bench     every measured number of docs/results, about an hour"
+	@echo "make docs      write the generated pages again"
+	@echo "make gpu       tests and measurements that need a GPU"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "ganglion needs Python >= 3.11, $$($(PYTHON) -V) found; try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV) \
+		|| { echo "no venv module; on Debian: apt-get install python3-venv"; exit 1; }
+
+# torch first: every package that asks for it later finds the pinned one in place.
+$(STAMP): $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-deps openpi-client==0.1.2
+	@touch $@
+
+$(GL): $(STAMP)
+	@.ci/system gl $(BIN)/python && touch $@ || true
+
+install: $(STAMP)
+
+demo: $(STAMP) $(GL)
+	@$(BIN)/ganglion demo $(ARGS)
+
+test: $(STAMP) $(GL)
+	@.ci/system chromium $(BIN)/python || true
+	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "cpu and not slow and not gpu" -k "kernels or models" \
+		--jaxtyping-packages=ganglion.kernels,ganglion.models,beartype.beartype
+
+test-all: $(STAMP) $(GL)
+	@.ci/system chromium $(BIN)/python || true
+	$(BIN)/pytest -m "not gpu"
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHONPATH=src $(BIN)/lint-imports --no-logo
+	$(BIN)/python -m ganglion.cli.docs --check
+
+docs: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/python -m ganglion.cli.docs
+
+bench: $(STAMP) $(GL)
+	$(BIN)/ganglion bench all
+	$(BIN)/ganglion bench report
+
+gpu: $(STAMP)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		&& $(BIN)/pytest -m gpu \
+		|| { $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.is_available())' && echo "make gpu: torch $$($(BIN)/python -c 'import torch; print(torch.__version__)') sees no GPU here; nothing to do"; }
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
