@@ -1,0 +1,85 @@
+"""Layers: the parts that policies are built from. Called by `models.policies`. Knows no task, page or request.
+
+Dimension names: b batch row, token, key (tokens attended to), head, dim (of a head), width (of the residual stream),
+h and w (pixels), c (channels).
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+
+class ConvStem(nn.Module):
+    """Pixels of one view -> tokens: stride-2 3x3 convolutions, each with a norm over channels and SiLU."""
+
+    def __init__(self, *, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        pairs = list(zip((3, *channels[:-1]), channels, strict=True))
+        self.convs = nn.ModuleList(nn.Conv2d(low, high, 3, stride=2, padding=1) for low, high in pairs)
+        self.norms = nn.ModuleList(nn.LayerNorm(high) for _, high in pairs)
+
+    def forward(self, pixels: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b token width"]:
+        weight = self.convs[0].weight
+        # channels_last throughout: the permutes below move no bytes, and the norm runs over adjacent numbers
+        x = pixels.permute(0, 3, 1, 2).to(dtype=weight.dtype, memory_format=torch.channels_last)
+        x = x.mul(2.0 / 255.0).sub_(1.0)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.silu(norm(conv(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def attend(
+    query: Float[Tensor, "b token head dim"],
+    key: Float[Tensor, "b key head dim"],
+    value: Float[Tensor, "b key head dim"],
+) -> Float[Tensor, "b token head*dim"]:
+    """Full attention of every token to every key."""
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if torch.is_grad_enabled():  # the fused op's gradient is five times slower on a CPU than these two products
+        scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
+        out = torch.matmul(scores.softmax(dim=-1), value)
+    else:
+        out = F.scaled_dot_product_attention(query, key, value)
+    return out.transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block; the caller decides what its tokens attend to besides themselves."""
+
+    def __init__(self, *, width: int, num_heads: int, head_dim: int, mlp_width: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * num_heads * head_dim)
+        self.attention_out = nn.Linear(num_heads * head_dim, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_in = nn.Linear(width, mlp_width)
+        self.mlp_out = nn.Linear(mlp_width, width)
+        nn.init.normal_(self.attention_out.weight, std=0.02)
+        nn.init.normal_(self.mlp_out.weight, std=0.02)
+
+    def project(
+        self, x: Float[Tensor, "b token width"]
+    ) -> tuple[Float[Tensor, "b token head dim"], Float[Tensor, "b token 2 head dim"]]:
+        """Query, and key with value, of every token. `split`, not indexing: its gradient is one concatenation."""
+        width = self.num_heads * self.head_dim
+        query, key_value = self.qkv(self.attention_norm(x)).split((width, 2 * width), dim=-1)
+        return (
+            query.unflatten(-1, (self.num_heads, self.head_dim)),
+            key_value.unflatten(-1, (2, self.num_heads, self.head_dim)),
+        )
+
+    def finish(
+        self, x: Float[Tensor, "b token width"], attended: Float[Tensor, "b token head*dim"]
+    ) -> Float[Tensor, "b token width"]:
+        """Add what was attended to, then the MLP."""
+        x = x + self.attention_out(attended)
+        return x + self.mlp_out(F.silu(self.mlp_in(self.mlp_norm(x))))
+
+
+def time_features(tau: Float[Tensor, "b token"], num_features: int) -> Float[Tensor, "b token feature"]:
+    """Sines and cosines of the flow time, periods from 4 down to 0.01."""
+    steps = torch.linspace(0.0, 1.0, num_features // 2, device=tau.device, dtype=torch.float32)
+    angles = tau.float()[..., None] * (2 * torch.pi / (4.0 * (0.01 / 4.0) ** steps))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -1,0 +1,125 @@
+"""Dataset: every sample of every shard in memory, and the batches of one training step.
+
+Called by `train.fit`. Knows no model. A batch is a pure function of (seed, step), so a resumed run sees what an
+uninterrupted one would have seen.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ganglion.errors import FieldError
+from ganglion.robots.metaworld import TASKS
+from ganglion.types import Float32Array, UInt8Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AugmentConfig:
+    """How pictures and state are varied; each view on its own."""
+
+    max_shift_px: int = 4
+    gain: float = 0.15
+    bias: float = 0.06
+    state_noise: float = 0.02  # in standard deviations
+    unknown_word_share: float = 0.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Mean and standard deviation of state and action."""
+
+    state_mean: Float32Array
+    state_std: Float32Array
+    action_mean: Float32Array
+    action_std: Float32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """`images` uint8 [b, view, h, w, 3]; `state` and `chunk` normalised; `prompt_index` into `prompts()`."""
+
+    images: UInt8Array
+    state: Float32Array
+    chunk: Float32Array
+    target: Float32Array  # object and goal position, standardised
+    prompt_index: npt.NDArray[np.int64]
+
+
+def prompts() -> tuple[str, ...]:
+    """All training sentences, a fixed number per task, the canonical one first."""
+    return tuple(text for task in TASKS.values() for text in (task.prompt, *task.paraphrases))
+
+
+class Dataset:
+    """Samples of all shards in a folder."""
+
+    def __init__(self, data_dir: Path) -> None:
+        paths = sorted(data_dir.glob("*.npz"))
+        if not paths:
+            raise FieldError(
+                "data_dir", expected="shards (*.npz)", got=f"none in {data_dir}", next_step="run: ganglion train collect"
+            )
+        names = tuple(TASKS)
+        parts: dict[str, list[npt.NDArray[np.generic]]] = {}
+        for path in paths:
+            with np.load(path) as shard:
+                for key in ("corner", "gripper", "state", "privileged", "chunk"):
+                    parts.setdefault(key, []).append(shard[key])
+                num_rows = len(shard["state"])
+            parts.setdefault("task", []).append(np.full(num_rows, names.index(path.name.split(".")[0])))
+        self.num_shards = len(paths)
+        self._views = tuple(np.concatenate(parts.pop(key)) for key in ("corner", "gripper"))
+        self._state = np.concatenate(parts["state"]).astype(np.float32)
+        self._chunk = np.concatenate(parts["chunk"]).astype(np.float32)
+        self._task = np.concatenate(parts["task"]).astype(np.int64)
+        privileged = np.concatenate(parts["privileged"]).astype(np.float32)
+        target = np.concatenate([privileged[:, 4:7], privileged[:, 36:39]], axis=1)
+        self._target = (target - target.mean(0)) / (target.std(0) + 1e-3)
+        self.statistics = Statistics(
+            state_mean=self._state.mean(0),
+            state_std=self._state.std(0) + 1e-4,
+            action_mean=self._chunk.mean((0, 1)),
+            action_std=self._chunk.std((0, 1)) + 1e-4,
+        )
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def batch(self, *, step: int, batch_size: int, seed: int, augment: AugmentConfig) -> Batch:
+        """The samples of one step: every epoch is a fresh permutation."""
+        steps_per_epoch = max(1, len(self) // batch_size)
+        epoch, index = divmod(step, steps_per_epoch)
+        order = np.random.default_rng([seed, 1, epoch]).permutation(len(self))
+        rows = np.sort(order[index * batch_size : (index + 1) * batch_size])
+        rng = np.random.default_rng([seed, 2, step])
+        views = [_varied(view[rows], rng, augment) for view in self._views]
+        statistics = self.statistics
+        state = (self._state[rows] - statistics.state_mean) / statistics.state_std
+        state += rng.normal(size=state.shape) * augment.state_noise
+        per_task = len(prompts()) // len(TASKS)
+        # half of the time the canonical sentence, else one of its paraphrases
+        wording = np.where(rng.random(len(rows)) < 0.5, 0, rng.integers(1, per_task, len(rows)))
+        return Batch(
+            images=np.stack(views, axis=1),
+            state=state.astype(np.float32),
+            chunk=(self._chunk[rows] - statistics.action_mean) / statistics.action_std,
+            target=self._target[rows],
+            prompt_index=self._task[rows] * per_task + wording,
+        )
+
+
+def _varied(views: UInt8Array, rng: np.random.Generator, augment: AugmentConfig) -> UInt8Array:
+    """Each picture shifted by whole pixels (edges repeated), and its brightness and contrast changed."""
+    num_rows, height_px, width_px, _ = views.shape
+    reach = augment.max_shift_px
+    padded = np.pad(views, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
+    offsets = rng.integers(0, 2 * reach + 1, (num_rows, 2))
+    gains = 1 + rng.uniform(-augment.gain, augment.gain, num_rows)
+    biases = 255 * rng.uniform(-augment.bias, augment.bias, num_rows)
+    levels = np.clip(np.arange(256)[None] * gains[:, None] + biases[:, None], 0, 255).astype(np.uint8)
+    out = np.empty_like(views)
+    for row, (top, left) in enumerate(offsets):
+        out[row] = levels[row][padded[row, top : top + height_px, left : left + width_px]]
+    return out

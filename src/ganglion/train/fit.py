@@ -1,0 +1,280 @@
+"""Fit: behaviour cloning with flow matching, and training-time real-time chunking.
+
+Owns the loss, the optimiser's schedule and resumable training states. Called by the CLI. Knows no simulator.
+
+Weights are kept in float32 and computed with in bfloat16. Half of the noise draws see a committed prefix of 1 to
+`max_prefix` actions: those tokens are given clean at flow time 1 and take no part in the loss (arXiv 2512.05964).
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ganglion.clock import Clock, RealClock
+from ganglion.errors import CheckpointError
+from ganglion.models.policies.flow import FlowConfig, FlowPolicy
+from ganglion.models.tokenizer import WordTokenizer
+from ganglion.train.dataset import AugmentConfig, Batch, Dataset, prompts
+
+_STATE_FILE = "training_state.safetensors"
+VOCAB_SIZE = 96
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitConfig:
+    """One training run."""
+
+    num_steps: int = 5000
+    batch_size: int = 64
+    num_draws: int = 2  # noise draws per encoded observation: the expert is cheap beside perception
+    learning_rate: float = 8e-4
+    final_rate_share: float = 0.02
+    num_warmup_steps: int = 200
+    weight_decay: float = 0.02
+    max_gradient_norm: float = 1.0
+    ema_decay: float = 0.998
+    prefix_share: float = 0.5
+    target_loss_weight: float = 0.3
+    num_steps_per_state: int = 250
+    num_threads: int = 1
+    seed: int = 0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitProgress:
+    """Reported after every step; losses are running means."""
+
+    step: int
+    num_steps: int
+    flow_loss: float
+    target_loss: float
+    step_s: float
+    learning_rate: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitResult:
+    """The averaged weights, float32, and what belongs to them."""
+
+    policy: FlowPolicy
+    tokenizer: WordTokenizer
+    step: int
+
+
+class _Trainee(nn.Module):
+    """The policy and a head that only training uses: it makes the trunk say where object and goal are."""
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.policy = FlowPolicy(config)
+        self.target_head = nn.Linear((config.num_views + 1) * config.trunk_width, 6)
+
+    def losses(self, batch: Batch, token_ids: Tensor, draw: "_Draw") -> tuple[Tensor, Tensor]:
+        policy, config = self.policy, self.policy.config
+        dtype = policy.action_in.weight.dtype
+        text_kv = policy.prefill_text(token_ids)[torch.from_numpy(batch.prompt_index)]
+        features = policy.encode_views(torch.from_numpy(batch.images))
+        observation_kv, hidden = policy.observe(features, torch.from_numpy(batch.state).to(dtype), text_kv)
+        views = hidden[:, :-1].unflatten(1, (config.num_views, config.num_view_tokens)).mean(2)
+        seen = torch.cat([views, hidden[:, -1:]], dim=1).flatten(1)
+        target_loss = F.smooth_l1_loss(self.target_head(seen).float(), torch.from_numpy(batch.target))
+        num_draws = draw.noise.shape[0] // len(batch.state)
+        context_kv = torch.cat([text_kv, observation_kv], dim=3).repeat_interleave(num_draws, 0)
+        action = torch.from_numpy(batch.chunk).repeat_interleave(num_draws, 0)
+        x = torch.lerp(draw.noise, action, draw.tau[..., None])
+        velocity = policy.velocity(x.to(dtype), draw.tau, context_kv).float()
+        error = (velocity - (action - draw.noise)).square().mean(-1)
+        flow_loss = error[draw.tau < 1.0].mean()
+        return flow_loss, target_loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Draw:
+    """Noise [row, horizon, action] and flow time [row, horizon] of one step; committed tokens stand at time 1."""
+
+    noise: Tensor
+    tau: Tensor
+
+    @classmethod
+    def of_step(cls, config: FitConfig, model: FlowConfig, *, step: int, num_rows: int) -> "_Draw":
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        noise = torch.randn(num_rows, model.horizon, model.action_dim, generator=generator)
+        # dense near the noise, where the choice between futures is made (as pi0's beta distribution)
+        tau = 1.0 - torch.rand(num_rows, 1, generator=generator) ** (1 / 1.5)
+        tau = tau.clamp(max=0.999).expand(-1, model.horizon)
+        length = torch.randint(1, model.max_prefix + 1, (num_rows, 1), generator=generator)
+        has_prefix = torch.rand(num_rows, 1, generator=generator) < config.prefix_share
+        is_committed = has_prefix & (torch.arange(model.horizon)[None] < length)
+        return cls(noise=noise, tau=torch.where(is_committed, 1.0, tau))
+
+
+def fit(
+    config: FitConfig,
+    data_dir: Path,
+    run_dir: Path,
+    on_progress: Callable[[FitProgress], None],
+    *,
+    model_overrides: dict[str, int] | None = None,
+    clock: Clock | None = None,
+) -> FitResult:
+    """Train until `config.num_steps`, from the last state in `run_dir` if there is one."""
+    clock = clock or RealClock()
+    torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    dataset = Dataset(data_dir)
+    model_config = replace(FlowConfig(vocab_size=VOCAB_SIZE), **(model_overrides or {}))
+    tokenizer = WordTokenizer.from_prompts(
+        prompts(), num_tokens=model_config.num_text_tokens, vocab_size=model_config.vocab_size
+    )
+    token_table = torch.from_numpy(np.stack([tokenizer.encode(prompt) for prompt in prompts()]))
+    trainee = _Trainee(model_config)
+    run = _Run(trainee, config)
+    step = run.load(run_dir) if (run_dir / _STATE_FILE).exists() else 0
+    trainee.to(torch.bfloat16)
+    flow_mean = target_mean = step_s_mean = math.nan
+    while step < config.num_steps:
+        start_s = clock.now_s()
+        batch = dataset.batch(step=step, batch_size=config.batch_size, seed=config.seed, augment=config.augment)
+        draw = _Draw.of_step(config, model_config, step=step, num_rows=config.batch_size * config.num_draws)
+        token_ids = _with_unknown_words(token_table, config, step=step)
+        flow_loss, target_loss = trainee.losses(batch, token_ids, draw)
+        (flow_loss + config.target_loss_weight * target_loss).backward()
+        rate = learning_rate(config, step)
+        run.update(rate, step)
+        step += 1
+        flow_mean = _running(flow_mean, float(flow_loss.detach()))
+        target_mean = _running(target_mean, float(target_loss.detach()))
+        step_s_mean = _running(step_s_mean, clock.now_s() - start_s)
+        on_progress(
+            FitProgress(
+                step=step,
+                num_steps=config.num_steps,
+                flow_loss=flow_mean,
+                target_loss=target_mean,
+                step_s=step_s_mean,
+                learning_rate=rate,
+            )
+        )
+        if step % config.num_steps_per_state == 0 or step == config.num_steps:
+            run.save(run_dir, step)
+    return FitResult(policy=run.averaged_policy(), tokenizer=tokenizer, step=step)
+
+
+def learning_rate(config: FitConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine down to `final_rate_share`."""
+    if step < config.num_warmup_steps:
+        return config.learning_rate * (step + 1) / config.num_warmup_steps
+    done = (step - config.num_warmup_steps) / max(1, config.num_steps - config.num_warmup_steps)
+    low = config.final_rate_share
+    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
+class _Run:
+    """Float32 weights, their moments and their running average; the bfloat16 trainee is a copy of them."""
+
+    def __init__(self, trainee: _Trainee, config: FitConfig) -> None:
+        self._trainee, self._config = trainee, config
+        self._weights = {name: value.detach().float().clone() for name, value in trainee.named_parameters()}
+        self._averages = {name: value.clone() for name, value in self._weights.items()}
+        decayed = [value for value in self._weights.values() if value.ndim > 1]
+        rest = [value for value in self._weights.values() if value.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+
+    def update(self, rate: float, step: int) -> None:
+        """One optimiser step from the trainee's gradients, which are then cleared."""
+        parameters = dict(self._trainee.named_parameters())
+        for name, weight in self._weights.items():
+            gradient = parameters[name].grad
+            weight.grad = None if gradient is None else gradient.float()
+            parameters[name].grad = None
+        nn.utils.clip_grad_norm_(list(self._weights.values()), self._config.max_gradient_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        decay = min(self._config.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), 1 - decay)
+        self._copy_into_trainee()
+
+    def averaged_policy(self) -> FlowPolicy:
+        """The policy with averaged weights, float32."""
+        policy = FlowPolicy(self._trainee.policy.config)
+        prefix = "policy."
+        averages = {name: value for name, value in self._averages.items() if name.startswith(prefix)}
+        policy.load_state_dict({name.removeprefix(prefix): value for name, value in averages.items()})
+        return policy.eval()
+
+    def save(self, run_dir: Path, step: int) -> None:
+        """Write the whole training state; the old one stays until the new one is complete."""
+        tensors: dict[str, Tensor] = {}
+        for name, weight in self._weights.items():
+            tensors[f"weight.{name}"] = weight
+            tensors[f"average.{name}"] = self._averages[name]
+            moments = self._optimizer.state[weight]
+            tensors[f"mean.{name}"] = moments["exp_avg"]
+            tensors[f"square.{name}"] = moments["exp_avg_sq"]
+        target = run_dir / _STATE_FILE
+        partial = target.with_suffix(".partial")
+        save_file(tensors, partial, {"step": str(step), "config": json.dumps(asdict(self._config))})
+        os.replace(partial, target)
+
+    def load(self, run_dir: Path) -> int:
+        """Continue from the state in `run_dir`. Returns its step. Raises CheckpointError when it does not fit."""
+        path = run_dir / _STATE_FILE
+        with safe_open(path, framework="pt") as state:
+            step = int(state.metadata()["step"])
+            for name, weight in self._weights.items():
+                stored = {kind: state.get_tensor(f"{kind}.{name}") for kind in ("weight", "average", "mean", "square")}
+                if stored["weight"].shape != weight.shape:
+                    raise CheckpointError(
+                        f"{path}: {name} expected {tuple(weight.shape)}, got {tuple(stored['weight'].shape)}",
+                        next_step="train into an empty run folder, or with the sizes of the old run",
+                    )
+                weight.copy_(stored["weight"])
+                self._averages[name].copy_(stored["average"])
+                self._optimizer.state[weight] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": stored["mean"],
+                    "exp_avg_sq": stored["square"],
+                }
+        self._copy_into_trainee()
+        return step
+
+    def _copy_into_trainee(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self._trainee.named_parameters():
+                parameter.copy_(self._weights[name])
+
+
+def averaged_policy(run_dir: Path, *, model_overrides: dict[str, int] | None = None) -> FitResult:
+    """The averaged weights of the last state in `run_dir`, without training on."""
+    model_config = replace(FlowConfig(vocab_size=VOCAB_SIZE), **(model_overrides or {}))
+    tokenizer = WordTokenizer.from_prompts(
+        prompts(), num_tokens=model_config.num_text_tokens, vocab_size=model_config.vocab_size
+    )
+    run = _Run(_Trainee(model_config), FitConfig())
+    step = run.load(run_dir)
+    return FitResult(policy=run.averaged_policy(), tokenizer=tokenizer, step=step)
+
+
+def _with_unknown_words(token_table: Tensor, config: FitConfig, *, step: int) -> Tensor:
+    """Now and then a word is replaced by the unknown one, so that a strange word at run time is nothing new."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 1)
+    is_lost = torch.rand(token_table.shape, generator=generator) < config.augment.unknown_word_share
+    return torch.where(is_lost & (token_table > 1), torch.ones_like(token_table), token_table)
+
+
+def _running(mean: float, value: float) -> float:
+    return value if math.isnan(mean) else 0.98 * mean + 0.02 * value
