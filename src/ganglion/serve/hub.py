@@ -70,7 +70,7 @@ from ganglion.serve.side import (
     parse_telemetry,
     unknown_keys,
 )
-from ganglion.types import RobotId, SessionId
+from ganglion.types import SessionId
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +115,9 @@ class Hub:
         """Browsers that look."""
         return self._num_watchers
 
-    def find(self, session_id: SessionId, robot_id: RobotId) -> Robot | None:
-        """The robot that speaks for this session, if it is the one that owns it."""
-        robot = self._robots.get(session_id)
-        return robot if robot is not None and robot.hello.robot_id == robot_id else None
+    def speaker(self, session_id: SessionId) -> Robot | None:
+        """The robot that speaks for this session."""
+        return self._robots.get(session_id)
 
     def join(
         self,

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from ganglion.errors import FieldError
 from ganglion.types import RobotId, SessionId
 from ganglion.units import KIB
+from ganglion.wire import describe
 
 MAX_JPEG_BYTES = 256 * KIB
 MAX_MESSAGE_BYTES = MAX_JPEG_BYTES + 32 * KIB
@@ -17,7 +18,6 @@ MAX_VIEW_HZ = 10.0
 MAX_QUEUE_ROWS = 64
 MAX_ACTION_DIM = 32
 MAX_COUNT = 2**53  # integers that a browser's numbers hold exactly
-_MAX_SHOWN = 40
 
 Message = Mapping[Any, Any]
 T = TypeVar("T")
@@ -79,17 +79,17 @@ def kind_of(message: Message) -> str:
     """The one kind that this message names. Raises FieldError when it names none or two."""
     kinds = [kind for kind in KINDS if kind in message]
     if len(kinds) != 1:
-        _refuse("message", f"one of {', '.join(KINDS)}", f"keys {_show(list(message))}")
+        _refuse("message", f"one of {', '.join(KINDS)}", _keys(message))
     return kinds[0]
 
 
 def unknown_keys(message: Message) -> tuple[str, ...]:
     """Keys that a message has and the contract has not, with their place."""
-    names = [f"message.{_show(key)}" for key in message if key not in KINDS]
+    names = [f"message.{_key(key)}" for key in message if key not in KINDS]
     kind = kind_of(message)
     body = message[kind]
     if isinstance(body, Mapping):
-        names += [f"{kind}.{_show(key)}" for key in body if key not in KINDS[kind]]
+        names += [f"{kind}.{_key(key)}" for key in body if key not in KINDS[kind]]
     return tuple(names)
 
 
@@ -131,7 +131,7 @@ def parse_jpeg(message: Message) -> bytes:
     """Raises FieldError unless it is a whole JPEG of bounded size; its pixels are not decoded."""
     jpeg = message.get("jpeg")
     if not isinstance(jpeg, bytes):
-        _refuse("jpeg", "bytes", type(jpeg).__name__)
+        _refuse("jpeg", "bytes", describe(jpeg))
     if len(jpeg) > MAX_JPEG_BYTES:
         _refuse("jpeg", f"at most {MAX_JPEG_BYTES} bytes", f"{len(jpeg)} bytes")
     if not (jpeg.startswith(b"\xff\xd8\xff") and jpeg.endswith(b"\xff\xd9")):
@@ -141,10 +141,10 @@ def parse_jpeg(message: Message) -> bytes:
 
 def _body(message: Message, kind: str) -> Message:
     if kind_of(message) != kind:
-        _refuse("message", f"a {kind}", f"keys {_show(list(message))}")
+        _refuse("message", f"a {kind}", _keys(message))
     body = message[kind]
     if not isinstance(body, Mapping):
-        _refuse(kind, "a map", type(body).__name__)
+        _refuse(kind, "a map", describe(body))
     return body
 
 
@@ -162,7 +162,7 @@ def _optional(parse: Callable[[Message, str], T], body: Message, field: str) -> 
 def _text(body: Message, field: str, min_bytes: int, max_bytes: int) -> str:
     value = _get(body, field)
     if not isinstance(value, str):
-        _refuse(field, "text", _show(value))
+        _refuse(field, "text", describe(value))
     num_bytes = len(value.encode("utf-8", "surrogatepass"))
     if not min_bytes <= num_bytes <= max_bytes:
         _refuse(field, f"{min_bytes} to {max_bytes} bytes of text", f"{num_bytes} bytes")
@@ -184,47 +184,46 @@ def _prompt(body: Message, field: str) -> str:
 def _truth(body: Message, field: str) -> bool:
     value = _get(body, field)
     if not isinstance(value, bool):
-        _refuse(field, "true or false", _show(value))
+        _refuse(field, "true or false", describe(value))
     return value
 
 
 def _count(body: Message, field: str) -> int:
     value = _get(body, field)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
-        _refuse(field, f"an integer of 0 to {MAX_COUNT}", _show(value))
+        _refuse(field, f"an integer of 0 to {MAX_COUNT}", describe(value))
     return value
 
 
 def _finite(value: object, field: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        _refuse(field, "a number", _show(value))
+        _refuse(field, "a number", describe(value))
     if not abs(value) <= MAX_COUNT:  # also not NaN
-        _refuse(field, f"a finite number of at most {MAX_COUNT}", _show(value))
+        _refuse(field, f"a finite number of at most {MAX_COUNT}", describe(value))
     return float(value)
 
 
 def _number(body: Message, field: str) -> float:
     number = _finite(_get(body, field), field)
     if number < 0:
-        _refuse(field, "a number that is not negative", _show(number))
+        _refuse(field, "a number that is not negative", describe(number))
     return number
 
 
 def _control_hz(body: Message, field: str) -> float:
     rate_hz = _number(body, field)
     if not 0 < rate_hz <= 1000:
-        _refuse(field, "a rate above 0 and at most 1000", _show(rate_hz))
+        _refuse(field, "a rate above 0 and at most 1000", describe(rate_hz))
     return rate_hz
 
 
 def _queue(body: Message, field: str) -> tuple[tuple[float, ...], ...]:
     rows = _get(body, field)
     if not isinstance(rows, list | tuple) or len(rows) > MAX_QUEUE_ROWS:
-        got = f"{len(rows)} rows" if isinstance(rows, list | tuple) else type(rows).__name__
-        _refuse(field, f"a list of at most {MAX_QUEUE_ROWS} rows", got)
+        _refuse(field, f"a list of at most {MAX_QUEUE_ROWS} rows", describe(rows))
     for row in rows:
         if not isinstance(row, list | tuple) or not 1 <= len(row) <= MAX_ACTION_DIM:
-            _refuse(f"{field}[]", f"a list of 1 to {MAX_ACTION_DIM} numbers", _show(row))
+            _refuse(f"{field}[]", f"a list of 1 to {MAX_ACTION_DIM} numbers", describe(row))
         if len(row) != len(rows[0]):
             _refuse(f"{field}[]", f"{len(rows[0])} numbers like the first", f"{len(row)} numbers")
     return tuple(tuple(_finite(value, f"{field}[][]") for value in row) for row in rows)
@@ -236,6 +235,9 @@ def _refuse(field: str, expected: str, got: str) -> NoReturn:
     )
 
 
-def _show(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
+def _keys(message: Message) -> str:
+    return f"keys {', '.join(_key(key) for key in list(message)[:8]) or '(none)'}"
+
+
+def _key(key: object) -> str:
+    return key[:40] if isinstance(key, str) else describe(key)
