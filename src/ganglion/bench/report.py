@@ -1,0 +1,267 @@
+"""Report: all results as docs/results/README.md with plots, and the README's table. Called by cli.
+
+Owns the registry of benches and their bars (what the project promised). Knows JSON files, not benchmarks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BENCHES: dict[str, str] = {
+    "control": "ganglion.bench.control:run",
+    "wire": "ganglion.bench.wire:run",
+    "fleet": "ganglion.bench.fleet:run",
+    "pool": "ganglion.bench.pool:run",
+}
+TITLES: dict[str, str] = {
+    "control": "Four simulated arms, closed loop in real time",
+    "wire": "What the server adds to the model's time",
+    "fleet": "Batching across robots",
+    "pool": "The page pool",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """One promised figure: `metric` of the result `bench`, its bar, and the baseline's metric if there is one."""
+
+    bench: str
+    metric: str
+    text: str
+    bar: float
+    is_lower_better: bool
+    unit: str = ""
+    baseline: str = ""
+
+    def is_met(self, value: float) -> bool:
+        """Does `value` clear the bar?"""
+        return value <= self.bar if self.is_lower_better else value >= self.bar
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        bench="control",
+        metric="success_rate",
+        text="tasks solved, ten tasks, unseen seeds",
+        bar=0.95,
+        is_lower_better=False,
+    ),
+    Claim(
+        bench="control",
+        metric="worst_task_success_rate",
+        text="the worst task of the ten",
+        bar=0.8,
+        is_lower_better=False,
+    ),
+    Claim(
+        bench="control",
+        metric="wrong_instruction_success_rate",
+        text="solved when told the opposite (low is right)",
+        bar=0.3,
+        is_lower_better=True,
+    ),
+    Claim(
+        bench="control",
+        metric="deadline_miss_rate",
+        text="control ticks without a fresh action (250 ms), 4 arms at 20 Hz",
+        bar=0.01,
+        is_lower_better=True,
+    ),
+    Claim(
+        bench="control",
+        metric="action_latency_p50_ms",
+        text="observation sent to chunk received, one arm, p50",
+        bar=20.0,
+        is_lower_better=True,
+        unit="ms",
+    ),
+    Claim(
+        bench="wire",
+        metric="overhead_p50_ms",
+        text="round trip minus model time, two 128x128 views, p50",
+        bar=1.0,
+        is_lower_better=True,
+        unit="ms",
+        baseline="baseline_p50_ms",
+    ),
+    Claim(
+        bench="wire",
+        metric="overhead_p99_ms",
+        text="the same, p99",
+        bar=3.0,
+        is_lower_better=True,
+        unit="ms",
+        baseline="baseline_p99_ms",
+    ),
+    Claim(
+        bench="fleet",
+        metric="speedup_16_sessions",
+        text="chunks/s of 16 robots batched, against one by one",
+        bar=1.7,
+        is_lower_better=False,
+        unit="x",
+    ),
+    Claim(
+        bench="fleet",
+        metric="share_of_bare_gain",
+        text="share of the bare model's batching gain that is kept",
+        bar=0.9,
+        is_lower_better=False,
+    ),
+    Claim(
+        bench="pool",
+        metric="alloc_ns",
+        text="allocate a page, pool of 1 M pages",
+        bar=5000.0,
+        is_lower_better=True,
+        unit="ns",
+        baseline="baseline_alloc_ns",
+    ),
+    Claim(
+        bench="pool",
+        metric="fork_ns",
+        text="fork, per page of a 64-page table",
+        bar=300.0,
+        is_lower_better=True,
+        unit="ns",
+        baseline="baseline_fork_ns",
+    ),
+    Claim(
+        bench="pool",
+        metric="match_ns",
+        text="match a prefix, per page",
+        bar=5000.0,
+        is_lower_better=True,
+        unit="ns",
+        baseline="baseline_match_ns",
+    ),
+)
+
+Result = dict[str, Any]
+
+
+def _number(value: float, unit: str = "") -> str:
+    shown = f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{shown} {unit}".strip()
+
+
+def claims_table(results: Sequence[Result]) -> str:
+    """The README's table: every promised figure that has been measured, misses said."""
+    found = {result["name"]: result for result in results}
+    lines = ["| what | measured | bar | baseline | n |", "|---|---|---|---|---|"]
+    for claim in CLAIMS:
+        result = found.get(claim.bench)
+        if result is None or claim.metric not in result["metrics"]:
+            continue
+        value = result["metrics"][claim.metric]
+        sign = "<=" if claim.is_lower_better else ">="
+        verdict = "" if claim.is_met(value) else " **missed**"
+        base = result["metrics"].get(claim.baseline)
+        lines.append(
+            f"| {claim.text} | {_number(value, claim.unit)}{verdict} | {sign} {_number(claim.bar, claim.unit)} "
+            f"| {'-' if base is None else _number(base, claim.unit)} | {result['n']} |"
+        )
+    return "\n".join(lines)
+
+
+def provenance(results: Sequence[Result]) -> str:
+    """One line a distinct machine and commit: where the numbers come from."""
+    lines: dict[str, list[str]] = {}
+    for result in results:
+        hardware = result["hardware"]
+        gpus = f", {', '.join(hardware['gpus'])}" if hardware["gpus"] else ", no GPU"
+        where = (
+            f"{hardware['cpu']}, {hardware['num_cores']} cores ({' '.join(hardware['flags'])}), "
+            f"{hardware['ram']} RAM{gpus}; commit {result['commit']}, {result['date']}"
+        )
+        lines.setdefault(where, []).append(f"`{result['command']}`")
+    return "\n".join(f"{', '.join(commands)}: {where}." for where, commands in lines.items())
+
+
+def results_page(results: Sequence[Result]) -> str:
+    """docs/results/README.md."""
+    lines = [
+        "# Results",
+        "",
+        "Generated from the JSON files in this folder by `ganglion bench report`; do not edit. Each file is written by",
+        "the command it names, with its baseline measured in the same run. A bar that was not reached says **missed**.",
+        "",
+        claims_table(results),
+    ]
+    for result in results:
+        name = str(result["name"])
+        lines += [
+            "",
+            f"## {TITLES.get(name, name)}",
+            "",
+            f"`{result['command']}`, seed {result['seed']}, n = {result['n']}. {provenance([result])}",
+            "",
+        ]
+        lines += [
+            f"![{plot['title']}]({plot_name(name, at)})" for at, plot in enumerate(result["plots"])
+        ]
+        note = result["detail"].get("note")
+        if note:
+            lines += ["", str(note)]
+        lines += ["", "| metric | value |", "|---|---|"]
+        lines += [
+            f"| `{metric}` | {_number(value)} |" for metric, value in result["metrics"].items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def plot_name(bench: str, index: int) -> str:
+    """File name of a result's picture."""
+    return f"{bench}-{index}.svg"
+
+
+def draw(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Draw every plot of `results` into `folder`; the same numbers give the same bytes."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    written = []
+    with mpl.rc_context({"svg.hashsalt": "ganglion", "svg.fonttype": "none"}):
+        for result in results:
+            for index, plot in enumerate(result["plots"]):
+                figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+                for at, (label, values) in enumerate(plot["series"].items()):
+                    if plot["names"]:
+                        width = 0.8 / len(plot["series"])
+                        places = [position + at * width for position in range(len(plot["names"]))]
+                        axes.bar(places, values, width, label=label)
+                    else:
+                        axes.plot(plot["x"], values, marker="o", label=label)
+                if plot["names"]:
+                    middle = 0.4 - 0.4 / len(plot["series"])
+                    places = [position + middle for position in range(len(plot["names"]))]
+                    axes.set_xticks(places, plot["names"], rotation=30, ha="right")
+                if plot["is_log_x"]:
+                    axes.set_xscale("log")
+                if plot["is_log_y"]:
+                    axes.set_yscale("log")
+                else:
+                    axes.set_ylim(bottom=0)
+                axes.set(title=plot["title"], xlabel=plot["x_label"], ylabel=plot["y_label"])
+                axes.spines[["top", "right"]].set_visible(False)
+                axes.grid(axis="y", alpha=0.3)
+                if len(plot["series"]) > 1:
+                    axes.legend(frameon=False)
+                path = folder / plot_name(str(result["name"]), index)
+                figure.savefig(path, metadata={"Date": None})
+                plt.close(figure)
+                written.append(path)
+    return written
+
+
+def fill(text: str, marker: str, content: str) -> str:
+    """`text` with what stands between <!-- marker:begin --> and <!-- marker:end --> replaced."""
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    before, found, rest = text.partition(begin)
+    _, also_found, after = rest.partition(end)
+    if not (found and also_found):
+        raise ValueError(f"no {begin} ... {end} in a text of {len(text)} characters")
+    return f"{before}{begin}\n{content}\n{end}{after}"
