@@ -1,0 +1,1 @@
+"""Serve: sockets in, `Service` calls out. The only importer of the web framework."""
