@@ -1,0 +1,45 @@
+"""Settings: from parsed flags to the resolved config. Called by the commands that serve."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ganglion.cli.commands import COMMANDS
+from ganglion.config import Resolved, load
+from ganglion.errors import ConfigError
+from ganglion.plan.auto import auto_values
+from ganglion.plan.hardware import read_hardware
+
+DEFAULT_FILE = Path("ganglion.toml")
+
+
+def resolve(args: argparse.Namespace) -> Resolved:
+    """Defaults, auto values of this machine, the config file, the flags of `args`: resolved once."""
+    flags: dict[str, tuple[str, Any]] = {}
+    for flag in COMMANDS[args.command].flags():
+        value = getattr(args, flag.dest, None)
+        if flag.path and value is not None:
+            flags[flag.path] = (flag.name, value)
+    key = read_key(getattr(args, "api_key_file", None))
+    if key is not None:
+        flags["serve.api_key"] = ("--api-key-file", key)
+    file = Path(args.config) if args.config else DEFAULT_FILE if DEFAULT_FILE.exists() else None
+    return load(file=file, flags=flags, autos=auto_values(read_hardware()))
+
+
+def read_key(file: str | None) -> str | None:
+    """The API key in `file`, without white space around it."""
+    if file is None:
+        return None
+    try:
+        key = Path(file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--api-key-file {file}: {error}", next_step="name a readable file"
+        ) from error
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(
+            f"--api-key-file {file}: holds {len(key)} characters, not one line of printable ASCII",
+            next_step="write one key into it: openssl rand -hex 32",
+        )
+    return key
