@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1, "int32": 4, "int64": 8}
+DTYPE_BYTES = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "int32": 4,
+    "int64": 8,
+}
 
 
 class PageKind(StrEnum):
@@ -33,9 +41,13 @@ class PageLayout:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
-            raise ValueError(f"layout {self.name!r}: dtype {self.dtype!r} is not one of {sorted(DTYPE_BYTES)}")
+            raise ValueError(
+                f"layout {self.name!r}: dtype {self.dtype!r} is not one of {sorted(DTYPE_BYTES)}"
+            )
         if self.slots < 1 or any(dim < 1 for dim in self.shape):
-            raise ValueError(f"layout {self.name!r}: slots {self.slots} and shape {self.shape} must be positive")
+            raise ValueError(
+                f"layout {self.name!r}: slots {self.slots} and shape {self.shape} must be positive"
+            )
 
     @property
     def page_bytes(self) -> int:

@@ -9,14 +9,25 @@ NS_PER_S = 1_000_000_000
 NS_PER_MS = 1_000_000
 US_PER_S = 1_000_000
 
-_BYTE_UNITS = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
+_BYTE_UNITS = {
+    "": 1,
+    "B": 1,
+    "KIB": KIB,
+    "MIB": MIB,
+    "GIB": GIB,
+    "KB": 1000,
+    "MB": 1000**2,
+    "GB": 1000**3,
+}
 
 
 def parse_bytes(text: str) -> int:
     """Bytes of "512 MiB", "2GiB", "1000000". Raises ValueError naming the text and the accepted units."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _BYTE_UNITS:
-        raise ValueError(f"{text!r} is not a size; write a number and one of B, KiB, MiB, GiB, kB, MB, GB")
+        raise ValueError(
+            f"{text!r} is not a size; write a number and one of B, KiB, MiB, GiB, kB, MB, GB"
+        )
     return int(float(match[1]) * _BYTE_UNITS[match[2].upper()])
 
 

@@ -73,7 +73,9 @@ def test_robots_batch_and_a_common_camera_is_encoded_once() -> None:
 
 def test_a_failing_row_does_not_spoil_its_batch_mates() -> None:
     core = engine(Toy())
-    seen = [observation(f"s{at}", 0, pixel=at + 1, state=13.0 if at == 1 else 0.0) for at in range(3)]
+    seen = [
+        observation(f"s{at}", 0, pixel=at + 1, state=13.0 if at == 1 else 0.0) for at in range(3)
+    ]
     for at, item in enumerate(seen):
         core.submit(RequestId(at), "toy", item, deadline_s=1.0)
     while core.has_work:

@@ -167,7 +167,9 @@ def test_an_operator_re_instructs_and_gives_back() -> None:
         served.submit(observation("a", 2), box)
         box.wait()
         assert policy.prompts[-3:] == ["toy", "close the drawer", "toy"]
-        said = [(o.prompt, o.is_prompt_overridden) for o in box.outcomes if isinstance(o, ActionChunk)]
+        said = [
+            (o.prompt, o.is_prompt_overridden) for o in box.outcomes if isinstance(o, ActionChunk)
+        ]
         assert said == [("toy", False), ("close the drawer", True), ("toy", False)]
 
 

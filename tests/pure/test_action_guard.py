@@ -33,7 +33,9 @@ SPEC = PolicySpec(
 )
 def test_only_finite_actions_inside_the_bounds_pass(actions: np.ndarray) -> None:
     low, high = np.float32([-1, 0]), np.float32([1, 0.5])
-    is_good = bool(np.isfinite(actions).all() and (actions >= low).all() and (actions <= high).all())
+    is_good = bool(
+        np.isfinite(actions).all() and (actions >= low).all() and (actions <= high).all()
+    )
     try:
         checked = ActionGuard(SPEC).check(actions.copy())
     except UnsafeActionError:

@@ -47,7 +47,9 @@ def scheduler(*, max_rows: int = 64, num_lanes: int = 1) -> DeadlineScheduler:
     return DeadlineScheduler({"m": STAGES}, FlatCost(), max_rows=max_rows, num_lanes=num_lanes)
 
 
-def work(request_id: int, deadline_us: int = 0, cursors: tuple[int, ...] = (0, 0, 0, 0)) -> WorkView:
+def work(
+    request_id: int, deadline_us: int = 0, cursors: tuple[int, ...] = (0, 0, 0, 0)
+) -> WorkView:
     return WorkView(
         request_id=RequestId(request_id), model="m", deadline_us=deadline_us, cursors=cursors
     )
@@ -98,9 +100,7 @@ def test_lanes_share_the_rows() -> None:
 
 @given(
     st.lists(
-        st.tuples(
-            st.integers(0, 1000), st.integers(0, 1), st.integers(0, 1), st.integers(0, 5)
-        ),
+        st.tuples(st.integers(0, 1000), st.integers(0, 1), st.integers(0, 1), st.integers(0, 5)),
         min_size=1,
         max_size=20,
     ),

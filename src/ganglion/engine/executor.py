@@ -15,6 +15,7 @@ import torch
 from ganglion.clock import Clock
 from ganglion.engine.lane import Lanes, Task
 from ganglion.engine.work import Piece, StepPlan
+from ganglion.errors import GanglionError, InternalError
 from ganglion.memory.arena import Arena
 from ganglion.models.base import Model, StageBatch
 from ganglion.spec import Stage
@@ -29,7 +30,7 @@ class PieceResult:
 
     start_s: float
     run_us: float
-    failed_rows: frozenset[int]
+    failed_rows: Mapping[int, GanglionError]
 
 
 class Executor:
@@ -66,23 +67,27 @@ class Executor:
 
     def _run_into(self, results: dict[int, PieceResult], at: int, piece: Piece) -> None:
         start_s = self._clock.now_s()
-        failed = frozenset[int]()
-        if not self._try_rows(piece, range(len(piece.writes))):
+        failed: dict[int, GanglionError] = {}
+        rows = range(len(piece.writes))
+        error = self._try_rows(piece, rows)
+        if error is not None:
             # One bad observation must not spoil its batch mates: find it by running every row alone.
-            rows = range(len(piece.writes))
-            failed = frozenset(
-                row for row in rows if len(rows) == 1 or not self._try_rows(piece, (row,))
+            errors = (
+                (row, error if len(rows) == 1 else self._try_rows(piece, (row,))) for row in rows
             )
+            failed = {row: error for row, error in errors if error is not None}
         run_us = (self._clock.now_s() - start_s) * 1e6
         results[at] = PieceResult(start_s=start_s, run_us=run_us, failed_rows=failed)
 
-    def _try_rows(self, piece: Piece, rows: Sequence[int]) -> bool:
+    def _try_rows(self, piece: Piece, rows: Sequence[int]) -> GanglionError | None:
         try:
             self._run_rows(piece, rows)
-        except Exception:  # noqa: BLE001 - ends these rows' requests, keeps the rest alive
+        except GanglionError as error:
+            return error
+        except Exception:
             logger.exception("stage %s failed on %d rows", piece.order.stage.name, len(rows))
-            return False
-        return True
+            return InternalError("the model failed on this observation")
+        return None
 
     def _run_rows(self, piece: Piece, rows: Sequence[int]) -> None:
         order = piece.order

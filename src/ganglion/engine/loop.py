@@ -70,7 +70,7 @@ class EngineLoop(Generic[MessageT]):
     def _guard(self, call: Callable[[], bool | None]) -> bool | None:
         try:
             return call()
-        except Exception as error:  # noqa: BLE001 - the loop outlives a defect; its requests do not
+        except Exception as error:
             logger.exception("engine loop")
             self._on_defect(error)
             return None

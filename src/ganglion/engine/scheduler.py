@@ -6,6 +6,7 @@ idle server answers in one step.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 from ganglion.engine.work import PieceOrder, WorkView
@@ -73,7 +74,9 @@ class DeadlineScheduler:
         for (model, at), rows in self._ready(ordered, cursors).items():
             stage = self._stages[model][at]
             left_us = budget_us - min(lane_us)
-            fit = self._fit(model, stage, rows, at, cursors, left_us, is_forced=is_first and not placed)
+            fit = self._fit(
+                model, stage, rows, at, cursors, left_us, is_forced=is_first and not placed
+            )
             for share in _split(fit, self._num_lanes):
                 lane = lane_us.index(min(lane_us))
                 order = self._order(model, stage, share, at, cursors, left_us, wave, lane)
@@ -133,9 +136,7 @@ class DeadlineScheduler:
         lane: int,
     ) -> PieceOrder:
         num_units = min(stage.num_units - cursors[request_id][at] for request_id in rows)
-        unit_us = max(
-            1, self._cost.estimate_us(model, stage.name, num_rows=len(rows), num_units=1)
-        )
+        unit_us = max(1, self._cost.estimate_us(model, stage.name, num_rows=len(rows), num_units=1))
         if stage.is_divisible:
             num_units = min(num_units, max(1, budget_us // unit_us))
         return PieceOrder(
@@ -154,7 +155,7 @@ def _split(rows: Sequence[RequestId], num_parts: int) -> list[Sequence[RequestId
     """Rows in at most `num_parts` nearly equal runs."""
     num_parts = min(num_parts, len(rows))
     bounds = [len(rows) * part // num_parts for part in range(num_parts + 1)] if rows else [0]
-    return [rows[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [rows[start:end] for start, end in pairwise(bounds)]
 
 
 def _wave_us(orders: Sequence[PieceOrder]) -> int:

@@ -239,9 +239,7 @@ class Engine:
 
     # --- commit ----------------------------------------------------------------------------------------------
 
-    def _commit(
-        self, plan: StepPlan, results: Sequence[PieceResult], start_s: float
-    ) -> StepRecord:
+    def _commit(self, plan: StepPlan, results: Sequence[PieceResult], start_s: float) -> StepRecord:
         for piece, result in zip(plan.pieces, results, strict=True):
             order = piece.order
             if not result.failed_rows:
@@ -256,8 +254,9 @@ class Engine:
                 work = self._works.get(request_id)
                 if work is None:
                     continue
-                if row in result.failed_rows:
-                    self._finish(work, InternalError("the model failed on this observation"))
+                error = result.failed_rows.get(row)
+                if error is not None:
+                    self._finish(work, error)
                 else:
                     self._advance(work, order, result)
         self._emit([work for work in self._works.values() if work.is_done])
@@ -302,7 +301,7 @@ class Engine:
             stage = rows[0].last_span.stage
             try:
                 actions = self._executor.emit(model, stage, pages, observations)
-            except Exception:  # noqa: BLE001 - ends these requests, keeps the rest alive
+            except Exception:
                 logger.exception("emit of %s failed", model)
                 for work in rows:
                     self._finish(work, InternalError("the model failed on this observation"))
@@ -320,9 +319,7 @@ class Engine:
             self._contexts[work.observation.session_id].release(work.context_version)
         self._finished.append(Finished(work=work, outcome=outcome))
 
-    def _record(
-        self, plan: StepPlan, results: Sequence[PieceResult], start_s: float
-    ) -> StepRecord:
+    def _record(self, plan: StepPlan, results: Sequence[PieceResult], start_s: float) -> StepRecord:
         record = StepRecord(
             step=plan.step,
             start_s=start_s,

@@ -101,6 +101,7 @@ class Dispatcher:
 
     def _offer(self, submission: Submission) -> None:
         self._num_requests += 1
+        self._metrics.requests.inc()
         observation = submission.observation
         session = self._sessions.get(observation.session_id)
         if session is None:
@@ -168,6 +169,7 @@ class Dispatcher:
         session = self._sessions.get(command.session_id)
         if session is not None:
             session.prompt_override = command.prompt
+            self._metrics.prompt_overrides.inc()
             logger.info("session %s: prompt override %r", command.session_id, command.prompt)
 
     # --- outcomes --------------------------------------------------------------------------------------------
@@ -271,5 +273,3 @@ class Dispatcher:
             context_version=self._engine.context_version(session.session_id),
             num_pages=self._engine.num_pages(session.session_id),
         )
-
-

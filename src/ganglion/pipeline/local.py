@@ -86,9 +86,7 @@ class LocalService:
             step_budget_us=engine.step_budget_us,
             num_step_records=engine.num_step_records,
         )
-        self._dispatcher = Dispatcher(
-            self._engine, model.spec, self._clock, metrics or Metrics()
-        )
+        self._dispatcher = Dispatcher(self._engine, model.spec, self._clock, metrics or Metrics())
         self._loop: EngineLoop[Message] = EngineLoop(
             open_=self._open,
             handle=self._handle,
@@ -166,9 +164,7 @@ class LocalService:
         with self._owners_lock:
             owner = self._owners.get(command.session_id)
         if owner is None:
-            raise FieldError(
-                "session_id", expected="an open session", got=repr(command.session_id)
-            )
+            raise FieldError("session_id", expected="an open session", got=repr(command.session_id))
         if not isinstance(command, OverridePrompt) and owner != command.robot_id:
             raise SessionConflictError(command.session_id, owner=owner, asked_by=command.robot_id)
         if isinstance(command, CloseSession):
