@@ -20,6 +20,8 @@ class ErrorCode(StrEnum):
     UNAUTHORIZED = "unauthorized"
     UNSAFE_ACTION = "unsafe_action"
     CANCELLED = "cancelled"
+    CONNECTION_LOST = "connection_lost"  # the client's own: never on the wire
+    TIMED_OUT = "timed_out"  # the client's own: never on the wire
     INTERNAL = "internal"
 
 
@@ -139,6 +141,39 @@ class CancelledError(GanglionError):
     """The request was cancelled by its owner (socket closed, session reset, server stopping)."""
 
     code = ErrorCode.CANCELLED
+
+
+class ReplyError(GanglionError):
+    """The server's answer to one request is an error. `code` is the server's, as on the wire."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: ErrorCode,
+        seq: int | None = None,
+        field: str | None = None,
+        expected: str | None = None,
+        got: str | None = None,
+        error_id: str = "",
+        next_step: str = "",
+    ) -> None:
+        super().__init__(message, next_step=next_step)
+        self.code = code
+        self.seq, self.field, self.expected, self.got = seq, field, expected, got
+        self.error_id = error_id
+
+
+class ConnectionLostError(GanglionError):
+    """The connection to the server is not open (any more)."""
+
+    code = ErrorCode.CONNECTION_LOST
+
+
+class ReplyTimeoutError(GanglionError):
+    """The server did not answer in time; its late answer will be dropped."""
+
+    code = ErrorCode.TIMED_OUT
 
 
 class InternalError(GanglionError):

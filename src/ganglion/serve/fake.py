@@ -104,7 +104,7 @@ class FakeService:
         self._clock = clock or RealClock()
         self._changed = threading.Condition()
         self._waiting: OrderedDict[RequestId, _Waiting] = OrderedDict()
-        self._dropped: deque[tuple[_Waiting, GanglionError]] = deque()
+        self._dropped: deque[tuple[_Waiting, Outcome]] = deque()
         self._running: _Waiting | None = None
         self._sessions: dict[SessionId, _Session] = {}
         self._script: deque[Outcome] = deque()
@@ -289,18 +289,16 @@ class FakeService:
                 if self._is_stopping:
                     for waiting in list(self._waiting.values()):
                         self._drop(waiting, CancelledError("the service is stopping"))
-                if self._dropped:
-                    waiting, outcome = self._dropped.popleft()
-                elif self._is_stopping:
+                if not self._dropped and self._is_stopping:
                     return
-                else:
-                    waiting, outcome = self._serve_next()
-                    if outcome is None:
-                        continue
-                self._count(waiting, outcome)
-            waiting.on_done(outcome)
+                finished = self._dropped.popleft() if self._dropped else self._serve_next()
+                if finished is not None:
+                    self._count(*finished)
+            if finished is not None:
+                waiting, outcome = finished
+                waiting.on_done(outcome)
 
-    def _serve_next(self) -> tuple[_Waiting, Outcome | None]:
+    def _serve_next(self) -> tuple[_Waiting, Outcome] | None:
         """Serve the oldest request; None when it was cancelled meanwhile. Waits without the lock."""
         _, waiting = self._waiting.popitem(last=False)
         self._running = waiting
@@ -309,7 +307,7 @@ class FakeService:
         while (left_s := until_s - self._clock.now_s()) > 0 and self._running is waiting:
             self._changed.wait(left_s)
         if self._running is not waiting:
-            return waiting, None
+            return None
         self._running = None
         if self._script:
             return waiting, self._script.popleft()

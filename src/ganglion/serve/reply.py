@@ -83,15 +83,18 @@ def reset_map(session_id: SessionId, seq: int | None) -> dict[str, Any]:
 
 def error_map(error: GanglionError, error_id: str, seq: int) -> dict[str, Any]:
     """The answer to a request with `seq` that failed."""
-    is_field = isinstance(error, FieldError)
-    field = error.field if isinstance(error, FieldError | UnsupportedFieldError) else None
+    field = expected = got = None
+    if isinstance(error, FieldError):
+        field, expected, got = error.field, error.expected, error.got
+    elif isinstance(error, UnsupportedFieldError):
+        field = error.field
     return {
         "error": {
             "code": str(error.code),
             "message": _message(error),
             "field": field,
-            "expected": error.expected if is_field else None,
-            "got": error.got if is_field else None,
+            "expected": expected,
+            "got": got,
             "next_step": error.advice,
             "error_id": error_id,
         },
