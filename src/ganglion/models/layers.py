@@ -5,9 +5,9 @@ h and w (pixels), c (channels).
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class ConvStem(nn.Module):
@@ -16,16 +16,22 @@ class ConvStem(nn.Module):
     def __init__(self, *, channels: tuple[int, ...]) -> None:
         super().__init__()
         pairs = list(zip((3, *channels[:-1]), channels, strict=True))
-        self.convs = nn.ModuleList(nn.Conv2d(low, high, 3, stride=2, padding=1) for low, high in pairs)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(low, high, 3, stride=2, padding=1) for low, high in pairs
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(high) for _, high in pairs)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that it computes in."""
+        return next(self.parameters()).dtype
+
     def forward(self, pixels: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b token width"]:
-        weight = self.convs[0].weight
         # channels_last throughout: the permutes below move no bytes, and the norm runs over adjacent numbers
-        x = pixels.permute(0, 3, 1, 2).to(dtype=weight.dtype, memory_format=torch.channels_last)
+        x = pixels.permute(0, 3, 1, 2).to(dtype=self.dtype, memory_format=torch.channels_last)
         x = x.mul(2.0 / 255.0).sub_(1.0)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.silu(norm(conv(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+            x = functional.silu(norm(conv(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -36,11 +42,13 @@ def attend(
 ) -> Float[Tensor, "b token head*dim"]:
     """Full attention of every token to every key."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if torch.is_grad_enabled():  # the fused op's gradient is five times slower on a CPU than these two products
+    if (
+        torch.is_grad_enabled()
+    ):  # the fused op's gradient is five times slower on a CPU than these two products
         scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
         out = torch.matmul(scores.softmax(dim=-1), value)
     else:
-        out = F.scaled_dot_product_attention(query, key, value)
+        out = functional.scaled_dot_product_attention(query, key, value)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -75,10 +83,13 @@ class Block(nn.Module):
     ) -> Float[Tensor, "b token width"]:
         """Add what was attended to, then the MLP."""
         x = x + self.attention_out(attended)
-        return x + self.mlp_out(F.silu(self.mlp_in(self.mlp_norm(x))))
+        hidden: Tensor = self.mlp_out(functional.silu(self.mlp_in(self.mlp_norm(x))))
+        return x + hidden
 
 
-def time_features(tau: Float[Tensor, "b token"], num_features: int) -> Float[Tensor, "b token feature"]:
+def time_features(
+    tau: Float[Tensor, "b token"], num_features: int
+) -> Float[Tensor, "b token feature"]:
     """Sines and cosines of the flow time, periods from 4 down to 0.01."""
     steps = torch.linspace(0.0, 1.0, num_features // 2, device=tau.device, dtype=torch.float32)
     angles = tau.float()[..., None] * (2 * torch.pi / (4.0 * (0.01 / 4.0) ** steps))

@@ -31,7 +31,9 @@ class WordTokenizer:
         self._ids = {word: index for index, word in enumerate(words)}
 
     @classmethod
-    def from_prompts(cls, prompts: Iterable[str], *, num_tokens: int, vocab_size: int) -> "WordTokenizer":
+    def from_prompts(
+        cls, prompts: Iterable[str], *, num_tokens: int, vocab_size: int
+    ) -> "WordTokenizer":
         """The vocabulary of `prompts`, padded with unused entries to `vocab_size`."""
         words = sorted({word for prompt in prompts for word in _split(prompt)})
         known = (PAD, UNKNOWN, *words)
@@ -60,7 +62,9 @@ class WordTokenizer:
         """Token ids [num_tokens]. Raises FieldError when the instruction has more words than fit."""
         words = _split(prompt)
         if len(words) > self.num_tokens:
-            raise FieldError("prompt", expected=f"at most {self.num_tokens} words", got=f"{len(words)} words")
+            raise FieldError(
+                "prompt", expected=f"at most {self.num_tokens} words", got=f"{len(words)} words"
+            )
         ids = np.zeros(self.num_tokens, np.int64)
         ids[: len(words)] = [self._ids.get(word, 1) for word in words]
         return ids

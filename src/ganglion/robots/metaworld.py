@@ -38,7 +38,9 @@ class Start(StrEnum):
     """Where a drawer or window starts. The other tasks know UNDONE only."""
 
     UNDONE = "undone"  # Meta-World's own start
-    HALF_OPEN = "half_open"  # solved for neither the task nor its opposite: only the words say what to do
+    HALF_OPEN = (
+        "half_open"  # solved for neither the task nor its opposite: only the words say what to do
+    )
     DONE = "done"  # already solved: the opposite task's own start (for demonstrations)
 
 
@@ -70,10 +72,18 @@ class Task:
 
 
 _DRAWER = Joint(
-    name="goal_slidey", half_low=-0.125, half_high=-0.065, low=(-0.1, 0.9, 0.0), high=(0.1, 0.9, 0.0)
+    name="goal_slidey",
+    half_low=-0.125,
+    half_high=-0.065,
+    low=(-0.1, 0.9, 0.0),
+    high=(0.1, 0.9, 0.0),
 )
 _WINDOW = Joint(
-    name="window_slide", half_low=0.075, half_high=0.14, low=(-0.1, 0.75, 0.16), high=(0.1, 0.9, 0.2)
+    name="window_slide",
+    half_low=0.075,
+    half_high=0.14,
+    low=(-0.1, 0.75, 0.16),
+    high=(0.1, 0.9, 0.2),
 )
 
 TASKS: dict[str, Task] = {
@@ -180,7 +190,9 @@ class MetaWorld:
         self._task_name = task
         self._view_px = view_px
         self._mujoco = _load_mujoco()
-        from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # late: imports mujoco, which reads MUJOCO_GL
+        from metaworld.env_dict import (
+            ALL_V3_ENVIRONMENTS,
+        )  # late: imports mujoco, which reads MUJOCO_GL
 
         env: Any = ALL_V3_ENVIRONMENTS[self._task.env_name]()
         env._partially_observable = False  # the scripted expert needs the goal
@@ -192,7 +204,9 @@ class MetaWorld:
         env.model.vis.quality.shadowsize = 0
         for site_id in range(env.model.nsite):
             if env.model.site(site_id).name == "goal":
-                env.model.site_rgba[site_id] = _GOAL_RGBA if self._task.is_goal_visible else (0, 0, 0, 0)
+                env.model.site_rgba[site_id] = (
+                    _GOAL_RGBA if self._task.is_goal_visible else (0, 0, 0, 0)
+                )
         self._env = env
         self._renderers: dict[int, Any] = {}
         self._full_obs: npt.NDArray[np.float64] = np.zeros(39)
@@ -244,16 +258,22 @@ class MetaWorld:
         if joint is not None and start is not Start.UNDONE:
             low, high = np.array(joint.low), np.array(joint.high)
         position = rng.uniform(low, high)
-        while len(position) == 6 and np.linalg.norm(position[:2] - position[3:5]) < 0.15:  # puck too near its goal
+        while (
+            len(position) == 6 and np.linalg.norm(position[:2] - position[3:5]) < 0.15
+        ):  # puck too near its goal
             position = rng.uniform(low, high)
         self._env._last_rand_vec = position
         self._env.reset()
         if joint is not None and start is not Start.UNDONE:
             is_half = start is Start.HALF_OPEN
-            slide = rng.uniform(joint.half_low, joint.half_high) if is_half else self._task.joint_done
+            slide = (
+                rng.uniform(joint.half_low, joint.half_high) if is_half else self._task.joint_done
+            )
             self._env.data.joint(joint.name).qpos = slide
             self._env.data.joint(joint.name).qvel = 0.0
-        self._mujoco.mj_forward(self._env.model, self._env.data)  # reset leaves poses and picture stale
+        self._mujoco.mj_forward(
+            self._env.model, self._env.data
+        )  # reset leaves poses and picture stale
         for site in self._env._target_site_config:
             self._env._set_pos_site(*site)
         self._env._get_obs()  # the next one stacks this observation, not the one of before the reset
@@ -334,10 +354,15 @@ class MetaWorld:
     def _new_renderer(self, view_px: int) -> Any:
         try:
             renderer = self._mujoco.Renderer(self._env.model, view_px, view_px)
-        except Exception as error:  # noqa: BLE001 - the GL libraries raise whatever they like
+        except Exception as error:  # the GL libraries raise whatever they like
             raise _no_opengl(f"{os.environ.get('MUJOCO_GL')}: {error}") from error
         flags = self._mujoco.mjtRndFlag
-        for flag in (flags.mjRND_SHADOW, flags.mjRND_REFLECTION, flags.mjRND_SKYBOX, flags.mjRND_HAZE):
+        for flag in (
+            flags.mjRND_SHADOW,
+            flags.mjRND_REFLECTION,
+            flags.mjRND_SKYBOX,
+            flags.mjRND_HAZE,
+        ):
             renderer._scene.flags[flag] = 0
         return renderer
 
@@ -346,7 +371,9 @@ def _load_mujoco() -> Any:
     """Import mujoco with a headless OpenGL that this machine has. MUJOCO_GL wins when it is set."""
     if "MUJOCO_GL" not in os.environ:
         os.environ["MUJOCO_GL"] = _headless_backend()
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software rasteriser: one thread per world, not one per core
+    os.environ.setdefault(
+        "LP_NUM_THREADS", "1"
+    )  # Mesa's software rasteriser: one thread per world, not one per core
     import mujoco  # late: reads MUJOCO_GL when it is imported
 
     return mujoco

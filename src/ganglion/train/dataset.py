@@ -59,7 +59,10 @@ class Dataset:
         paths = sorted(data_dir.glob("*.npz"))
         if not paths:
             raise FieldError(
-                "data_dir", expected="shards (*.npz)", got=f"none in {data_dir}", next_step="run: ganglion train collect"
+                "data_dir",
+                expected="shards (*.npz)",
+                got=f"none in {data_dir}",
+                next_step="run: ganglion train collect",
             )
         names = tuple(TASKS)
         parts: dict[str, list[npt.NDArray[np.generic]]] = {}
@@ -68,7 +71,9 @@ class Dataset:
                 for key in ("corner", "gripper", "state", "privileged", "chunk"):
                     parts.setdefault(key, []).append(shard[key])
                 num_rows = len(shard["state"])
-            parts.setdefault("task", []).append(np.full(num_rows, names.index(path.name.split(".")[0])))
+            parts.setdefault("task", []).append(
+                np.full(num_rows, names.index(path.name.split(".")[0]))
+            )
         self.num_shards = len(paths)
         self._views = tuple(np.concatenate(parts.pop(key)) for key in ("corner", "gripper"))
         self._state = np.concatenate(parts["state"]).astype(np.float32)
@@ -76,7 +81,7 @@ class Dataset:
         self._task = np.concatenate(parts["task"]).astype(np.int64)
         privileged = np.concatenate(parts["privileged"]).astype(np.float32)
         target = np.concatenate([privileged[:, 4:7], privileged[:, 36:39]], axis=1)
-        self._target = (target - target.mean(0)) / (target.std(0) + 1e-3)
+        self._target: Float32Array = (target - target.mean(0)) / (target.std(0) + 1e-3)
         self.statistics = Statistics(
             state_mean=self._state.mean(0),
             state_std=self._state.std(0) + 1e-4,
@@ -116,9 +121,9 @@ def _varied(views: UInt8Array, rng: np.random.Generator, augment: AugmentConfig)
     reach = augment.max_shift_px
     padded = np.pad(views, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
     offsets = rng.integers(0, 2 * reach + 1, (num_rows, 2))
-    gains = 1 + rng.uniform(-augment.gain, augment.gain, num_rows)
-    biases = 255 * rng.uniform(-augment.bias, augment.bias, num_rows)
-    levels = np.clip(np.arange(256)[None] * gains[:, None] + biases[:, None], 0, 255).astype(np.uint8)
+    gains = 1 + rng.uniform(-augment.gain, augment.gain, (num_rows, 1))
+    biases = 255 * rng.uniform(-augment.bias, augment.bias, (num_rows, 1))
+    levels = np.clip(np.arange(256)[None] * gains + biases, 0, 255).astype(np.uint8)
     out = np.empty_like(views)
     for row, (top, left) in enumerate(offsets):
         out[row] = levels[row][padded[row, top : top + height_px, left : left + width_px]]

@@ -39,7 +39,9 @@ class CollectConfig:
     num_episodes: int = 100
     num_hard_episodes: int = 170  # of each task in `hard_tasks`
     hard_tasks: tuple[str, ...] = ("push", "pick-place")
-    num_crossed_episodes: int = 30  # push in pick-place's scenes and the reverse: the words decide, not the goal
+    num_crossed_episodes: int = (
+        30  # push in pick-place's scenes and the reverse: the words decide, not the goal
+    )
     episodes_per_shard: int = 10
     noise_sigmas: tuple[float, ...] = (0.0, 0.3, 0.6)
     ticks_per_sample: int = 3
@@ -86,11 +88,15 @@ def plan_shards(config: CollectConfig) -> tuple[ShardPlan, ...]:
         plans += _shards(name, name, num_plain, config, first_seed=config.first_seed)
         if task.opposite is not None and task.joint is None:
             first_seed = config.first_seed + 5_000
-            plans += _shards(name, task.opposite, config.num_crossed_episodes, config, first_seed=first_seed)
+            plans += _shards(
+                name, task.opposite, config.num_crossed_episodes, config, first_seed=first_seed
+            )
     return tuple(sorted(plans, key=lambda plan: plan.index))
 
 
-def _shards(task: str, scene: str, num_episodes: int, config: CollectConfig, *, first_seed: int) -> list[ShardPlan]:
+def _shards(
+    task: str, scene: str, num_episodes: int, config: CollectConfig, *, first_seed: int
+) -> list[ShardPlan]:
     starts = range(0, num_episodes, config.episodes_per_shard)
     return [
         ShardPlan(
@@ -98,7 +104,8 @@ def _shards(task: str, scene: str, num_episodes: int, config: CollectConfig, *, 
             scene=scene,
             index=index,
             seeds=tuple(
-                first_seed + number for number in range(start, min(start + config.episodes_per_shard, num_episodes))
+                first_seed + number
+                for number in range(start, min(start + config.episodes_per_shard, num_episodes))
             ),
         )
         for index, start in enumerate(starts)
@@ -158,7 +165,7 @@ def _collect_shard(order: tuple[CollectConfig, ShardPlan, str]) -> _ShardCounts:
     target = Path(data_dir) / plan.file_name
     partial = target.with_suffix(f".{os.getpid()}.partial")
     with partial.open("wb") as file:
-        np.savez(file, **samples)
+        np.savez(file, allow_pickle=False, **samples)
     partial.rename(target)
     totals = np.array([len(plan.seeds), num_failed, len(rows)])
     return _ShardCounts(file_name=plan.file_name, totals=totals)
@@ -170,7 +177,7 @@ class Expert:
     def __init__(self, *, task: str, scene: str) -> None:
         from metaworld.policies import ENV_POLICY_MAP  # late: imports mujoco, which reads MUJOCO_GL
 
-        self._policy = ENV_POLICY_MAP[TASKS[task].env_name]()
+        self._policy: Any = ENV_POLICY_MAP[TASKS[task].env_name]()  # type: ignore[abstract]
         self._task = task
         self._is_crossed = task != scene
 
@@ -181,7 +188,8 @@ class Expert:
             obs = np.concatenate([obs[:36], self.goal(world)])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "constants may be too high": clipping is meant
-            return np.clip(self._policy.get_action(obs), -1.0, 1.0).astype(np.float32)
+            action = np.asarray(self._policy.get_action(obs), np.float32)
+        return np.clip(action, -1.0, 1.0)
 
     def goal(self, world: MetaWorld) -> npt.NDArray[np.float64]:
         """Where this task wants the puck: on the table below the goal (push), or well above the table (pick-place)."""
@@ -197,18 +205,24 @@ class Expert:
         return bool(np.linalg.norm(world.privileged_obs[4:7] - self.goal(world)) <= 0.05)
 
 
-def record_episode(world: MetaWorld, expert: Expert, config: CollectConfig, seed: int) -> list[dict[str, Any]] | None:
+def record_episode(
+    world: MetaWorld, expert: Expert, config: CollectConfig, seed: int
+) -> list[dict[str, Any]] | None:
     """One noisy episode: samples every `ticks_per_sample` ticks, or None when the expert failed.
 
     Rehearsed first without taking samples, because rendering a failure costs far more than simulating it.
     """
-    if _run_episode(world, expert, config, seed, lambda: {}) is None:
+    if _run_episode(world, expert, config, seed, dict) is None:
         return None
     return _run_episode(world, expert, config, seed, lambda: _sample(world, expert))
 
 
 def _run_episode(
-    world: MetaWorld, expert: Expert, config: CollectConfig, seed: int, take_sample: Callable[[], dict[str, Any]]
+    world: MetaWorld,
+    expert: Expert,
+    config: CollectConfig,
+    seed: int,
+    take_sample: Callable[[], dict[str, Any]],
 ) -> list[dict[str, Any]] | None:
     rng = task_seed(f"noise of {world.task_name}", seed)
     sigma = config.noise_sigmas[seed % len(config.noise_sigmas)]

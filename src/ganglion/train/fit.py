@@ -10,15 +10,15 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ganglion.clock import Clock, RealClock
 from ganglion.errors import CheckpointError
@@ -27,7 +27,7 @@ from ganglion.models.tokenizer import WordTokenizer
 from ganglion.train.dataset import AugmentConfig, Batch, Dataset, prompts
 
 _STATE_FILE = "training_state.safetensors"
-VOCAB_SIZE = 96
+MODEL = FlowConfig(vocab_size=96)  # what the shipped policy is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,14 +82,18 @@ class _Trainee(nn.Module):
 
     def losses(self, batch: Batch, token_ids: Tensor, draw: "_Draw") -> tuple[Tensor, Tensor]:
         policy, config = self.policy, self.policy.config
-        dtype = policy.action_in.weight.dtype
+        dtype, rows = policy.dtype, len(batch.state)
         text_kv = policy.prefill_text(token_ids)[torch.from_numpy(batch.prompt_index)]
         features = policy.encode_views(torch.from_numpy(batch.images))
-        observation_kv, hidden = policy.observe(features, torch.from_numpy(batch.state).to(dtype), text_kv)
-        views = hidden[:, :-1].unflatten(1, (config.num_views, config.num_view_tokens)).mean(2)
+        observation_kv, hidden = policy.observe(
+            features, torch.from_numpy(batch.state).to(dtype), text_kv
+        )
+        views = hidden[:, :-1].reshape(rows, config.num_views, config.num_view_tokens, -1).mean(2)
         seen = torch.cat([views, hidden[:, -1:]], dim=1).flatten(1)
-        target_loss = F.smooth_l1_loss(self.target_head(seen).float(), torch.from_numpy(batch.target))
-        num_draws = draw.noise.shape[0] // len(batch.state)
+        target_loss = functional.smooth_l1_loss(
+            self.target_head(seen).float(), torch.from_numpy(batch.target)
+        )
+        num_draws = draw.noise.shape[0] // rows
         context_kv = torch.cat([text_kv, observation_kv], dim=3).repeat_interleave(num_draws, 0)
         action = torch.from_numpy(batch.chunk).repeat_interleave(num_draws, 0)
         x = torch.lerp(draw.noise, action, draw.tau[..., None])
@@ -125,7 +129,7 @@ def fit(
     run_dir: Path,
     on_progress: Callable[[FitProgress], None],
     *,
-    model_overrides: dict[str, int] | None = None,
+    model: FlowConfig = MODEL,
     clock: Clock | None = None,
 ) -> FitResult:
     """Train until `config.num_steps`, from the last state in `run_dir` if there is one."""
@@ -134,23 +138,26 @@ def fit(
     torch.manual_seed(config.seed)
     run_dir.mkdir(parents=True, exist_ok=True)
     dataset = Dataset(data_dir)
-    model_config = replace(FlowConfig(vocab_size=VOCAB_SIZE), **(model_overrides or {}))
     tokenizer = WordTokenizer.from_prompts(
-        prompts(), num_tokens=model_config.num_text_tokens, vocab_size=model_config.vocab_size
+        prompts(), num_tokens=model.num_text_tokens, vocab_size=model.vocab_size
     )
     token_table = torch.from_numpy(np.stack([tokenizer.encode(prompt) for prompt in prompts()]))
-    trainee = _Trainee(model_config)
+    trainee = _Trainee(model)
     run = _Run(trainee, config)
     step = run.load(run_dir) if (run_dir / _STATE_FILE).exists() else 0
     trainee.to(torch.bfloat16)
     flow_mean = target_mean = step_s_mean = math.nan
     while step < config.num_steps:
         start_s = clock.now_s()
-        batch = dataset.batch(step=step, batch_size=config.batch_size, seed=config.seed, augment=config.augment)
-        draw = _Draw.of_step(config, model_config, step=step, num_rows=config.batch_size * config.num_draws)
+        batch = dataset.batch(
+            step=step, batch_size=config.batch_size, seed=config.seed, augment=config.augment
+        )
+        draw = _Draw.of_step(
+            config, model, step=step, num_rows=config.batch_size * config.num_draws
+        )
         token_ids = _with_unknown_words(token_table, config, step=step)
         flow_loss, target_loss = trainee.losses(batch, token_ids, draw)
-        (flow_loss + config.target_loss_weight * target_loss).backward()
+        torch.autograd.backward(flow_loss + config.target_loss_weight * target_loss)
         rate = learning_rate(config, step)
         run.update(rate, step)
         step += 1
@@ -186,12 +193,19 @@ class _Run:
 
     def __init__(self, trainee: _Trainee, config: FitConfig) -> None:
         self._trainee, self._config = trainee, config
-        self._weights = {name: value.detach().float().clone() for name, value in trainee.named_parameters()}
+        self._weights = {
+            name: value.detach().float().clone() for name, value in trainee.named_parameters()
+        }
         self._averages = {name: value.clone() for name, value in self._weights.items()}
         decayed = [value for value in self._weights.values() if value.ndim > 1]
         rest = [value for value in self._weights.values() if value.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True
+        )
 
     def update(self, rate: float, step: int) -> None:
         """One optimiser step from the trainee's gradients, which are then cleared."""
@@ -212,8 +226,12 @@ class _Run:
         """The policy with averaged weights, float32."""
         policy = FlowPolicy(self._trainee.policy.config)
         prefix = "policy."
-        averages = {name: value for name, value in self._averages.items() if name.startswith(prefix)}
-        policy.load_state_dict({name.removeprefix(prefix): value for name, value in averages.items()})
+        averages = {
+            name: value for name, value in self._averages.items() if name.startswith(prefix)
+        }
+        policy.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in averages.items()}
+        )
         return policy.eval()
 
     def save(self, run_dir: Path, step: int) -> None:
@@ -236,7 +254,10 @@ class _Run:
         with safe_open(path, framework="pt") as state:
             step = int(state.metadata()["step"])
             for name, weight in self._weights.items():
-                stored = {kind: state.get_tensor(f"{kind}.{name}") for kind in ("weight", "average", "mean", "square")}
+                stored = {
+                    kind: state.get_tensor(f"{kind}.{name}")
+                    for kind in ("weight", "average", "mean", "square")
+                }
                 if stored["weight"].shape != weight.shape:
                     raise CheckpointError(
                         f"{path}: {name} expected {tuple(weight.shape)}, got {tuple(stored['weight'].shape)}",
@@ -258,13 +279,12 @@ class _Run:
                 parameter.copy_(self._weights[name])
 
 
-def averaged_policy(run_dir: Path, *, model_overrides: dict[str, int] | None = None) -> FitResult:
+def averaged_policy(run_dir: Path, *, model: FlowConfig = MODEL) -> FitResult:
     """The averaged weights of the last state in `run_dir`, without training on."""
-    model_config = replace(FlowConfig(vocab_size=VOCAB_SIZE), **(model_overrides or {}))
     tokenizer = WordTokenizer.from_prompts(
-        prompts(), num_tokens=model_config.num_text_tokens, vocab_size=model_config.vocab_size
+        prompts(), num_tokens=model.num_text_tokens, vocab_size=model.vocab_size
     )
-    run = _Run(_Trainee(model_config), FitConfig())
+    run = _Run(_Trainee(model), FitConfig())
     step = run.load(run_dir)
     return FitResult(policy=run.averaged_policy(), tokenizer=tokenizer, step=step)
 

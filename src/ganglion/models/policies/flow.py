@@ -18,7 +18,9 @@ Dimension names: b batch row, view, h and w (pixels), token, text (T tokens), ob
 head, dim, horizon, action, state, width.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -84,13 +86,18 @@ class FlowPolicy(nn.Module):
         width, expert_width = config.trunk_width, config.expert_width
         heads = {"num_heads": config.num_heads, "head_dim": config.head_dim}
         kv_width = config.num_heads * config.head_dim
-        self.stems = nn.ModuleList(ConvStem(channels=config.conv_channels) for _ in config.view_keys)
-        self.view_position = nn.Parameter(torch.randn(config.num_views, config.num_view_tokens, width) * 0.1)
+        self.stems = nn.ModuleList(
+            ConvStem(channels=config.conv_channels) for _ in config.view_keys
+        )
+        self.view_position = nn.Parameter(
+            torch.randn(config.num_views, config.num_view_tokens, width) * 0.1
+        )
         self.word = nn.Embedding(config.vocab_size, width)
         self.text_position = nn.Parameter(torch.randn(config.num_text_tokens, width) * 0.1)
         self.state_in = nn.Linear(config.state_dim, width)
         self.trunk = nn.ModuleList(
-            Block(width=width, mlp_width=config.trunk_mlp_width, **heads) for _ in range(config.num_layers - 1)
+            Block(width=width, mlp_width=config.trunk_mlp_width, **heads)
+            for _ in range(config.num_layers - 1)
         )
         # Nothing reads the last trunk layer's output, so it is a key and value projection only.
         self.last_norm = nn.LayerNorm(width)
@@ -109,22 +116,42 @@ class FlowPolicy(nn.Module):
         nn.init.zeros_(self.action_out.weight)
         nn.init.zeros_(self.action_out.bias)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that it computes in."""
+        return self.action_in.weight.dtype
+
+    @property
+    def _trunk_blocks(self) -> Iterable[Block]:
+        return cast("Iterable[Block]", self.trunk)
+
+    @property
+    def _expert_blocks(self) -> Iterable[Block]:
+        return cast("Iterable[Block]", self.expert)
+
     # --- perceive ----------------------------------------------------------------------------------------------------
 
-    def encode_view(self, view_index: int, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b token width"]:
+    def encode_view(
+        self, view_index: int, images: UInt8[Tensor, "b h w 3"]
+    ) -> Float[Tensor, "b token width"]:
         """Features of one view."""
-        return self.stems[view_index](images) + self.view_position[view_index]
+        features: Tensor = self.stems[view_index](images)
+        return features + self.view_position[view_index]
 
     def encode_views(self, images: UInt8[Tensor, "b view h w 3"]) -> Float[Tensor, "b token width"]:
         """Features of all views, in the order of `config.view_keys`."""
-        views = [self.encode_view(index, images[:, index]) for index in range(self.config.num_views)]
+        views = [
+            self.encode_view(index, images[:, index]) for index in range(self.config.num_views)
+        ]
         return torch.cat(views, dim=1)
 
-    def prefill_text(self, token_ids: Int[Tensor, "b text"]) -> Float[Tensor, "b layer 2 text head dim"]:
+    def prefill_text(
+        self, token_ids: Int[Tensor, "b text"]
+    ) -> Float[Tensor, "b layer 2 text head dim"]:
         """Keys and values of the instruction, all layers; they depend on nothing else."""
         x = self.word(token_ids) + self.text_position
         layers = []
-        for block in self.trunk:
+        for block in self._trunk_blocks:
             query, key_value = block.project(x)
             layers.append(key_value)
             x = block.finish(x, attend(query, *key_value.unbind(2)))
@@ -150,7 +177,8 @@ class FlowPolicy(nn.Module):
         """`prefill_observation`, and the trunk's last hidden state (for training's auxiliary head)."""
         x = torch.cat([features, self.state_in(state.to(features.dtype))[:, None]], dim=1)
         layers = []
-        for block, layer_kv in zip(self.trunk, text_kv.unbind(1), strict=False):  # the last layer only projects
+        # the last layer's text KV goes to the expert only
+        for block, layer_kv in zip(self._trunk_blocks, text_kv.unbind(1)[:-1], strict=True):
             query, key_value = block.project(x)
             layers.append(key_value)
             keys_values = torch.cat([layer_kv.transpose(1, 2), key_value], dim=1)
@@ -159,7 +187,8 @@ class FlowPolicy(nn.Module):
         return torch.stack(layers, dim=1).transpose(2, 3), x
 
     def _last_kv(self, x: Float[Tensor, "b token width"]) -> Float[Tensor, "b token 2 head dim"]:
-        return self.last_kv(self.last_norm(x)).unflatten(-1, (2, self.config.num_heads, self.config.head_dim))
+        key_value: Tensor = self.last_kv(self.last_norm(x))
+        return key_value.view(*x.shape[:-1], 2, self.config.num_heads, self.config.head_dim)
 
     # --- generate ----------------------------------------------------------------------------------------------------
 
@@ -171,11 +200,12 @@ class FlowPolicy(nn.Module):
     ) -> Float[Tensor, "b horizon action"]:
         """d x / d tau: the differentiable form, for training."""
         hidden = self._embedded(x, tau)
-        for block, layer_kv in zip(self.expert, context_kv.unbind(1), strict=True):
+        for block, layer_kv in zip(self._expert_blocks, context_kv.unbind(1), strict=True):
             query, key_value = block.project(hidden)
             keys_values = torch.cat([layer_kv.transpose(1, 2), key_value], dim=1)
             hidden = block.finish(hidden, attend(query, *keys_values.unbind(2)))
-        return self.action_out(self.action_norm(hidden))
+        velocity: Tensor = self.action_out(self.action_norm(hidden))
+        return velocity
 
     @torch.inference_mode()
     def denoise(
@@ -195,15 +225,16 @@ class FlowPolicy(nn.Module):
         rows, horizon = x.shape[:2]
         heads = (self.config.num_heads, self.config.head_dim)
         # [0, num_context) the context, written once; [num_context, end) the actions' own, written every step
-        keys_values = context_kv.new_empty((len(self.expert), 2, rows, num_context + horizon, *heads))
+        keys_values = context_kv.new_empty(
+            (len(self.expert), 2, rows, num_context + horizon, *heads)
+        )
         keys_values[:, :, :, :num_context] = context_kv.permute(1, 2, 0, 3, 4, 5)
         own = keys_values[:, :, :, num_context:]
         is_free = (tau < 1.0).to(x.dtype)
         step = is_free * dtau[:, None]
-        dtype = self.action_in.weight.dtype
         for _ in range(num_steps):
-            hidden = self._embedded(x.to(dtype), tau)
-            for index, block in enumerate(self.expert):
+            hidden = self._embedded(x.to(self.dtype), tau)
+            for index, block in enumerate(self._expert_blocks):
                 query, key_value = block.project(hidden)
                 own[index].copy_(key_value.permute(2, 0, 1, 3, 4))
                 hidden = block.finish(hidden, attend(query, *keys_values[index]))
@@ -215,5 +246,8 @@ class FlowPolicy(nn.Module):
         self, x: Float[Tensor, "b horizon action"], tau: Float[Tensor, "b horizon"]
     ) -> Float[Tensor, "b horizon width"]:
         """Action, flow time and place in the chunk of every action token, mixed (as in pi0)."""
-        time = self.time_in(time_features(tau, self.config.num_time_features).to(x.dtype))
-        return self.action_mix(nn.functional.silu(self.action_in(x) + time + self.action_position))
+        time: Tensor = self.time_in(time_features(tau, self.config.num_time_features).to(x.dtype))
+        mixed: Tensor = self.action_mix(
+            nn.functional.silu(self.action_in(x) + time + self.action_position)
+        )
+        return mixed

@@ -1,0 +1,68 @@
+"""Registry: the `type` in a checkpoint's config.json -> the code that loads it; and the policies in the package.
+
+Called by the CLI. A literal table, so that a search finds every family.
+"""
+
+import importlib
+import json
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from ganglion.errors import CheckpointError, FieldError
+from ganglion.models.base import Model
+
+LOADERS = {"ganglion_flow": "ganglion.models.registry:load_flow"}
+SHIPPED = ("metaworld-ten",)
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load_policy(
+    folder: Path, *, dtype: str = "bfloat16", num_flow_steps: int | None = None
+) -> Model:
+    """The policy in `folder`, ready to serve. Raises CheckpointError for a folder that cannot be served."""
+    if dtype not in DTYPES:
+        raise FieldError("dtype", expected=f"one of {', '.join(DTYPES)}", got=repr(dtype))
+    path = folder / "config.json"
+    try:
+        family = json.loads(path.read_text(encoding="utf-8"))["type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: no readable config with a type: {error!r}",
+            next_step=f"name a checkpoint folder, or a shipped policy: {', '.join(SHIPPED)}",
+        ) from error
+    target = LOADERS.get(family)
+    if target is None:
+        raise CheckpointError(f"{path}: type: expected one of {', '.join(LOADERS)}, got {family!r}")
+    module, _, name = target.partition(":")
+    load: Callable[[Path, torch.dtype, int | None], Model] = getattr(
+        importlib.import_module(module), name
+    )
+    return load(folder, DTYPES[dtype], num_flow_steps)
+
+
+def load_flow(folder: Path, dtype: torch.dtype, num_flow_steps: int | None) -> Model:
+    """The "ganglion_flow" family."""
+    from ganglion.models.policies.flow_checkpoint import load_flow_checkpoint, with_flow_steps
+    from ganglion.models.policies.flow_model import FlowModel
+
+    checkpoint = load_flow_checkpoint(folder, dtype=dtype)
+    if num_flow_steps is not None:
+        if not 1 <= num_flow_steps <= 10:
+            raise FieldError("num_flow_steps", expected="1..10", got=str(num_flow_steps))
+        checkpoint = with_flow_steps(checkpoint, num_flow_steps)
+    return FlowModel(checkpoint.policy, checkpoint.processor, checkpoint.spec)
+
+
+def policy_folder(name_or_path: str) -> Path:
+    """The folder of a shipped policy, or the path itself. Raises FieldError naming the shipped ones."""
+    if name_or_path in SHIPPED:
+        return Path(str(resources.files("ganglion"))) / "assets" / "policies" / name_or_path
+    path = Path(name_or_path)
+    if not path.is_dir():
+        raise FieldError(
+            "policy", expected=f"a folder or one of {', '.join(SHIPPED)}", got=repr(name_or_path)
+        )
+    return path
