@@ -92,7 +92,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "engine.num_step_records": (1, 100_000),
     "memory.arena_bytes": (1 * MIB, inf),
     "memory.large_page_bytes": (4096, 1024 * MIB),
-    "policy.num_flow_steps": (0, 100),
+    "policy.num_flow_steps": (0, 10),
     "demo.num_arms": (1, 64),
     "demo.rate_hz": (0.1, 1000),
 }

@@ -82,10 +82,6 @@ COUNTERS: dict[str, MetricSpec] = {
         name="ganglion_prompt_overrides_total",
         doc="Instructions that an operator put in place of a robot's own.",
     ),
-    "dropped_browser_frames": MetricSpec(
-        name="ganglion_dropped_browser_frames_total",
-        doc="Dashboard frames replaced by a newer one because the browser was slow.",
-    ),
 }
 
 GAUGES: dict[str, MetricSpec] = {
@@ -107,9 +103,6 @@ GAUGES: dict[str, MetricSpec] = {
         name="ganglion_pool_free_bytes", doc="Bytes in large pages that no layout holds."
     ),
     "pool_bytes": MetricSpec(name="ganglion_pool_bytes", doc="Bytes of the whole pool."),
-    "weight_bytes": MetricSpec(
-        name="ganglion_weight_bytes", doc="Bytes of the model's weights in memory."
-    ),
     "ready": MetricSpec(name="ganglion_ready", doc="1 when the service takes observations."),
 }
 
@@ -241,14 +234,12 @@ class Metrics:
         self.ignored_keys = CounterMetric(COUNTERS["ignored_keys"], reg)
         self.refused_requests = CounterMetric(COUNTERS["refused_requests"], reg)
         self.prompt_overrides = CounterMetric(COUNTERS["prompt_overrides"], reg)
-        self.dropped_browser_frames = CounterMetric(COUNTERS["dropped_browser_frames"], reg)
         self.connections = GaugeMetric(GAUGES["connections"], reg)
         self.sessions = GaugeMetric(GAUGES["sessions"], reg)
         self.waiting = GaugeMetric(GAUGES["waiting"], reg)
         self.pool_pages = GaugeMetric(GAUGES["pool_pages"], reg)
         self.pool_free_bytes = GaugeMetric(GAUGES["pool_free_bytes"], reg)
         self.pool_bytes = GaugeMetric(GAUGES["pool_bytes"], reg)
-        self.weight_bytes = GaugeMetric(GAUGES["weight_bytes"], reg)
         self.ready = GaugeMetric(GAUGES["ready"], reg)
         self.infer_seconds = HistogramMetric(HISTOGRAMS["infer_seconds"], reg)
         self.queue_seconds = HistogramMetric(HISTOGRAMS["queue_seconds"], reg)

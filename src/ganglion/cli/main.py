@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, metadata
 
 import ganglion
 from ganglion.cli.commands import COMMANDS, Command, Flag
+from ganglion.cli.settings import resolve
 from ganglion.errors import GanglionError, MissingDependencyError
 
 # What a missing module belongs to; the base install is the client alone.
@@ -128,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     module_name, _, function_name = command.target.partition(":")
     try:
+        if getattr(args, "explain", False):
+            print(resolve(args).explain())
+            return 0
         function = getattr(importlib.import_module(module_name), function_name)
         return int(function(args))
     except GanglionError as error:

@@ -1,0 +1,59 @@
+"""`ganglion serve`: one policy for many robots, until Ctrl-C."""
+
+import argparse
+import sys
+
+import ganglion
+from ganglion.cli.progress import Stages
+from ganglion.cli.server import serving, stop_signal
+from ganglion.cli.settings import resolve
+from ganglion.clock import RealClock
+from ganglion.spec import PolicySpec
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the settings with their reasons, load, serve, stop cleanly."""
+    resolved = resolve(args)
+    print(f"ganglion {ganglion.__version__}")
+    # settings that are not plain defaults are the news; --explain prints all
+    for setting in resolved.settings:
+        if setting.origin != "default" and not setting.path.startswith("demo."):
+            print(f"  {setting.line()}")
+    sys.stdout.flush()
+    stages = Stages(RealClock())
+    with stop_signal() as stopped, serving(resolved.config, on_stage=stages) as served:
+        stages.end()
+        has_key = resolved.config.serve.api_key is not None
+        print(
+            greeting(
+                served.service.spec, http=served.edge.url, ws=served.edge.ws_url, has_key=has_key
+            ),
+            flush=True,
+        )
+        stopped.wait()
+        print("stopping: robots are told to reconnect (close code 1012)", file=sys.stderr)
+    return 0
+
+
+def greeting(spec: PolicySpec, *, http: str, ws: str, has_key: bool) -> str:
+    """What a newcomer needs now: the address, a curl line, a five-line client, a robot."""
+    header = " -H 'Authorization: Bearer KEY'" if has_key else ""
+    key = ", api_key=KEY" if has_key else ""
+    views = ", ".join(
+        f"{view.key!r}: np.zeros(({view.height}, {view.width}, 3), np.uint8)" for view in spec.views
+    )
+    observation = f"{{{views}{', ' if views else ''}{spec.state_key!r}: np.zeros({spec.state_dim}, np.float32)}}"
+    size = f"{spec.horizon} actions of {spec.action_dim} numbers a chunk"
+    return f"""serving {spec.name} ({spec.family}, version {spec.version[:12]}): {size}
+
+  robots     {ws}
+  dashboard  {http}/
+  try        curl -s{header} {http}/v1/models
+  client     import numpy as np
+             from ganglion.client import Client
+             with Client("{ws}", robot_id="me"{key}) as client:
+                 reply = client.infer({observation}, prompt="")
+                 print(reply.actions.shape)
+  robot      ganglion run --url {ws} --world metaworld:drawer-open
+
+Ctrl-C stops."""

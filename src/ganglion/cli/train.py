@@ -1,0 +1,105 @@
+"""`ganglion train`: the recipe of the shipped policy, stage by stage; each stage goes on where it stopped."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ganglion.config import PolicyConfig
+from ganglion.errors import FieldError
+from ganglion.models.registry import policy_folder
+from ganglion.train.dataset import Dataset
+from ganglion.train.demonstrations import CollectConfig, CollectProgress, collect, plan_shards
+from ganglion.train.evaluate import (
+    UNSEEN_SEEDS,
+    EvaluateConfig,
+    Instruction,
+    TaskResult,
+    ambiguous_tasks,
+    evaluate,
+)
+from ganglion.train.fit import FitConfig, FitProgress, fit
+from ganglion.train.ship import ship
+
+CHECKPOINT = "checkpoint"  # folder in --run that `fit` writes and `evaluate` reads
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the stage, or all of them in order."""
+    for name in ("episodes", "steps", "eval_episodes", "workers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise FieldError(f"--{name.replace('_', '-')}", expected="at least 1", got=str(value))
+    stages = {"collect": run_collect, "fit": run_fit, "evaluate": run_evaluate}
+    for name, stage in stages.items():
+        if args.stage in (name, "all"):
+            stage(args)
+    return 0
+
+
+def run_collect(args: argparse.Namespace) -> None:
+    """Demonstrations of the scripted experts, into --data."""
+    config = replace(CollectConfig(), num_workers=args.workers)
+    if args.episodes is not None:
+        config = replace(config, num_episodes=args.episodes, num_hard_episodes=args.episodes)
+    folder = Path(args.data)
+    plans = plan_shards(config)
+    num_there = sum((folder / plan.file_name).exists() for plan in plans)
+    with tqdm(total=len(plans), initial=num_there, desc="collect", unit="shard") as bar:
+
+        def on_progress(progress: CollectProgress) -> None:
+            bar.update(progress.num_shards_done - bar.n)
+            bar.set_postfix(samples=progress.num_samples, failed=progress.num_failed)
+
+        collect(config, folder, on_progress)
+    print(f"demonstrations in {folder}")
+
+
+def run_fit(args: argparse.Namespace) -> None:
+    """Train on --data; training states and the checkpoint go to --run."""
+    config = replace(FitConfig(), seed=args.seed)
+    if args.steps is not None:
+        config = replace(config, num_steps=args.steps)
+    folder = Path(args.run)
+    with tqdm(total=config.num_steps, desc="fit", unit="step") as bar:
+
+        def on_progress(progress: FitProgress) -> None:
+            bar.update(progress.step - bar.n)
+            bar.set_postfix(flow=f"{progress.flow_loss:.4f}", target=f"{progress.target_loss:.4f}")
+
+        result = fit(config, Path(args.data), folder, on_progress)
+    ship(result, Dataset(Path(args.data)).statistics, folder / CHECKPOINT)
+    print(f"checkpoint in {folder / CHECKPOINT}; serve it: ganglion serve {folder / CHECKPOINT}")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Closed-loop success on unseen seeds, with the right and with the opposite instruction."""
+    fitted = Path(args.run) / CHECKPOINT
+    default = str(fitted) if fitted.is_dir() else PolicyConfig().path
+    folder = policy_folder(args.checkpoint or default)
+    num_seeds = args.eval_episodes or len(UNSEEN_SEEDS)
+    seeds = tuple(range(UNSEEN_SEEDS[0], UNSEEN_SEEDS[0] + num_seeds))
+    own = EvaluateConfig(seeds=seeds, num_workers=args.workers)
+    opposite = replace(own, instruction=Instruction.OPPOSITE, tasks=ambiguous_tasks())
+    found: dict[str, dict[str, float]] = {}
+    print(f"{folder}: {num_seeds} unseen seeds of each task")
+    for config in (own, opposite):
+        print(f"{'task':<24} {'told':<34} {'success':>8} {'ticks':>7}")
+
+        def on_result(result: TaskResult) -> None:
+            told, ticks = result.prompt, result.mean_ticks
+            print(f"{result.task:<24} {told:<34} {result.success_rate:>8.2f} {ticks:>7.0f}")
+            sys.stdout.flush()
+
+        results = evaluate(config, folder, on_result)
+        rates = {result.task: result.success_rate for result in results}
+        found[config.instruction.value] = rates
+        mean, worst = sum(rates.values()) / len(rates), min(rates.values())
+        print(f"{config.instruction.value} instruction: mean {mean:.3f}, lowest {worst:.2f}\n")
+    if args.json:
+        Path(args.json).write_text(
+            json.dumps({"num_seeds": num_seeds, "success": found}, indent=1) + "\n"
+        )
