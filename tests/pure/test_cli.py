@@ -159,11 +159,14 @@ def test_bench_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -
 
 def test_generated_pages_are_written_once(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# x\n<!-- results:begin -->\n<!-- results:end -->\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "architecture.md").write_text("<!-- trace:begin --><!-- trace:end -->\n")
     written = docs.write_pages(tmp_path)
     assert {str(path) for path in written} == {
         "docs/cli.md",
         "docs/metrics.md",
         "docs/results/README.md",
+        "docs/architecture.md",
         "README.md",
     }
     assert docs.write_pages(tmp_path) == []

@@ -94,6 +94,17 @@ def test_every_claim_belongs_to_a_bench() -> None:
     assert {claim.bench for claim in CLAIMS} == set(BENCHES) == set(TITLES)
 
 
+def test_the_trace_comes_from_bench_control() -> None:
+    assert "Not measured yet" in trace_table([])
+    document = {
+        "name": "control",
+        "detail": {"stages_ms": {"queue": {"p50": 0.5, "p99": 2.25}}},
+        "hardware": {"cpu": "c", "num_cores": 2, "flags": [], "ram": "1 GiB", "gpus": []},
+        **dict.fromkeys(("commit", "date", "command"), "x"),
+    }
+    assert "| queue | 0.50 | 2.25 |" in trace_table([document])
+
+
 def test_fill_replaces_between_markers_only() -> None:
     text = "a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb"
     once = fill(text, "x", "new")

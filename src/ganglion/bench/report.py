@@ -165,6 +165,19 @@ def claims_table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def trace_table(results: Sequence[Result]) -> str:
+    """docs/architecture.md's times: the stages of a request as `bench control` saw them."""
+    control = next((result for result in results if result["name"] == "control"), None)
+    stages = control["detail"].get("stages_ms") if control is not None else None
+    if control is None or not stages:
+        return "Not measured yet: `ganglion bench control`."
+    lines = ["| from, to | p50 ms | p99 ms |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {times['p50']:.2f} | {times['p99']:.2f} |" for name, times in stages.items()
+    ]
+    return "\n".join([*lines, "", provenance([control])])
+
+
 def provenance(results: Sequence[Result]) -> str:
     """One line a distinct machine and commit: where the numbers come from."""
     lines: dict[str, list[str]] = {}

@@ -8,7 +8,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from ganglion.bench.report import claims_table, fill, plot_name, provenance, results_page
+from ganglion.bench.report import (
+    claims_table,
+    fill,
+    plot_name,
+    provenance,
+    results_page,
+    trace_table,
+)
 from ganglion.bench.result import read_all
 from ganglion.cli.commands import COMMANDS, Flag
 from ganglion.metrics import metrics_page
@@ -75,6 +82,9 @@ def pages(root: Path) -> dict[Path, str]:
         Path("docs/metrics.md"): metrics_page(),
         Path("docs/results/README.md"): results_page(results),
         Path("README.md"): fill(readme, "results", numbers),
+        Path("docs/architecture.md"): fill(
+            (root / "docs" / "architecture.md").read_text(), "trace", trace_table(results)
+        ),
     }
 
 
