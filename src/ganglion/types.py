@@ -133,7 +133,10 @@ class SessionStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LivePage:
-    """One page in use or cached. `owner` is a session id, "shared" (several) or "cached" (none)."""
+    """One page in use or cached. `owner` is a session id, "shared" (several) or "cached" (none).
+
+    `page_id` says where it lies: large page * pages_per_large[layout] + place in that large page.
+    """
 
     page_id: PageId
     layout: str

@@ -1,0 +1,91 @@
+// The page's composition root: one feed, the cards, the engine's two panels, the header.
+
+import { Arms } from "./arms.js";
+import { setText, setValue } from "./dom.js";
+import { Feed } from "./feed.js";
+import { count, DASH, duration, fixed, millis, percent } from "./format.js";
+import { loadPalette } from "./palette.js";
+import { Pool } from "./pool.js";
+import { redrawAll } from "./surface.js";
+import { Timeline } from "./timeline.js";
+
+let retryTimer = 0;
+
+const at = (id) => document.getElementById(id);
+const totals = Object.fromEntries([...at("totals").querySelectorAll("dd")].map((each) => [each.dataset.total, each]));
+
+loadPalette();
+matchMedia("(prefers-color-scheme: light)").addEventListener("change", () => {
+  loadPalette();
+  redrawAll();
+});
+
+const arms = new Arms(at("arms"), { order: (body) => feed.order(body), onHover: (session) => pool.light(session) });
+const pool = new Pool(
+  { canvas: at("pool"), facts: at("pool-facts"), legend: at("pool-legend"), share: at("pool-share") },
+  (session) => {
+    arms.light(session);
+    pool.light(session);
+  },
+);
+const timeline = new Timeline({
+  timeline: at("timeline"),
+  budget: at("budget"),
+  facts: at("timeline-facts"),
+  legend: at("timeline-legend"),
+  choice: at("timeline-window"),
+});
+
+const feed = new Feed({ onHello, onState, onView: (card, jpeg) => arms.showView(card, jpeg), onLink });
+
+at("retry").addEventListener("click", () => feed.retryNow());
+at("run-command").textContent = `ganglion run --server ${location.host}`;
+
+function onHello({ policy, version }) {
+  arms.clear();
+  arms.policy = policy;
+  const panel = at("policy");
+  panel.hidden = false;
+  setText(panel.querySelector(".policy-name"), policy.name);
+  setText(panel.querySelector(".policy-version"), policy.version.slice(0, 12));
+  panel.title = `${policy.family}: chunks of ${policy.horizon} actions, ${policy.num_flow_steps} flow steps, ${policy.control_hz} Hz; ganglion ${version}`;
+}
+
+function onState(state) {
+  document.body.dataset.link = state.is_ready ? "open" : "waiting";
+  setText(at("link").lastElementChild, state.is_ready ? "serving" : state.stage);
+  arms.show(state.arms);
+  at("engine").hidden = false;
+  at("no-arms").hidden = state.arms.length > 0;
+  timeline.show(state);
+  pool.show(state.pool, state.arms);
+  showTotals(state);
+}
+
+function showTotals({ totals: sum, uptime_s: uptimeS }) {
+  setValue(totals.arms, count(sum.num_arms));
+  setValue(totals.chunks, fixed(sum.chunk_hz, 1));
+  setValue(totals.latency, millis(sum.latency_p50_ms), sum.latency_p50_ms === null ? "" : "ms");
+  const missed = percent(sum.num_misses, sum.num_ticks);
+  setValue(totals.misses, missed, "", sum.num_ticks && sum.num_misses / sum.num_ticks >= 0.01 ? "is-bad" : "");
+  totals.misses.title = `${count(sum.num_misses)} of ${count(sum.num_ticks)} ticks; ${count(sum.num_holds)} holds; ${count(sum.num_errors)} errors`;
+  setValue(totals.solved, sum.num_episodes ? `${sum.num_successes}/${sum.num_episodes}` : DASH);
+  setValue(totals.uptime, duration(uptimeS));
+}
+
+function onLink(link, retryAtMs) {
+  clearInterval(retryTimer);
+  if (link === "lost") {
+    document.body.dataset.link = "lost";
+    setText(at("link").lastElementChild, "disconnected");
+    const say = () => {
+      const seconds = Math.max(0, Math.ceil((retryAtMs - performance.now()) / 1000));
+      setText(at("notice").firstElementChild, `No connection to the server. Trying again ${seconds ? `in ${seconds} s` : "now"}.`);
+    };
+    say();
+    retryTimer = setInterval(say, 500);
+    at("notice").hidden = false;
+  } else if (link === "open") {
+    at("notice").hidden = true;
+  }
+}
