@@ -14,6 +14,7 @@ from ganglion.bench.report import (
     fill,
     plot_name,
     results_page,
+    trace_table,
 )
 from ganglion.bench.result import BenchResult, Plot, percentiles, read_all, write
 from ganglion.errors import GanglionError

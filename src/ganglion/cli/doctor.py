@@ -75,7 +75,7 @@ def examine() -> list[Finding]:
     """Every check, cheapest first; a check that fails by itself is a finding too."""
     findings: list[Finding] = []
     checks: tuple[Callable[[], list[Finding]], ...] = (
-        machine, versions, backends, operations, rendering, policy, port,
+        machine, versions, backends, rendering, policy, port,
     )  # fmt: skip
     for check in checks:
         try:

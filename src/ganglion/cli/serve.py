@@ -38,11 +38,12 @@ def run(args: argparse.Namespace) -> int:
 def greeting(spec: PolicySpec, *, http: str, ws: str, has_key: bool) -> str:
     """What a newcomer needs now: the address, a curl line, a five-line client, a robot."""
     header = " -H 'Authorization: Bearer KEY'" if has_key else ""
-    key = ", api_key=KEY" if has_key else ""
-    views = ", ".join(
-        f"{view.key!r}: np.zeros(({view.height}, {view.width}, 3), np.uint8)" for view in spec.views
-    )
-    observation = f"{{{views}{', ' if views else ''}{spec.state_key!r}: np.zeros({spec.state_dim}, np.float32)}}"
+    key = ', api_key="KEY"' if has_key else ""
+    entries = [
+        f'"{view.key}": np.zeros(({view.height}, {view.width}, 3), np.uint8)' for view in spec.views
+    ]
+    entries.append(f'"{spec.state_key}": np.zeros({spec.state_dim}, np.float32)')
+    observation = (",\n" + " " * 28).join(entries)
     size = f"{spec.horizon} actions of {spec.action_dim} numbers a chunk"
     return f"""serving {spec.name} ({spec.family}, version {spec.version[:12]}): {size}
 
@@ -51,9 +52,9 @@ def greeting(spec: PolicySpec, *, http: str, ws: str, has_key: bool) -> str:
   try        curl -s{header} {http}/v1/models
   client     import numpy as np
              from ganglion.client import Client
+             observation = {{{observation}}}
              with Client("{ws}", robot_id="me"{key}) as client:
-                 reply = client.infer({observation}, prompt="")
-                 print(reply.actions.shape)
+                 print(client.infer(observation, prompt="open the drawer").actions.shape)
   robot      ganglion run --url {ws} --world metaworld:drawer-open
 
 Ctrl-C stops."""
