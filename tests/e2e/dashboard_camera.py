@@ -1,8 +1,8 @@
 """Camera: pictures of a running dashboard, taken with headless Chromium.
 
-    python -m tests.e2e.dashboard_camera http://127.0.0.1:8000/ --png docs/images/dashboard.png
-    python -m tests.e2e.dashboard_camera http://127.0.0.1:8000/ --movie docs/images/dashboard.webp
-    python -m tests.e2e.dashboard_camera --staged 4 --png /tmp/dashboard.png      (scripted arms)
+python -m tests.e2e.dashboard_camera http://127.0.0.1:8000/ --png docs/images/dashboard.png
+python -m tests.e2e.dashboard_camera http://127.0.0.1:8000/ --movie docs/images/dashboard.webp
+python -m tests.e2e.dashboard_camera --staged 4 --png /tmp/dashboard.png      (scripted arms)
 """
 
 import argparse

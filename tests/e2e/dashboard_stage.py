@@ -161,9 +161,16 @@ class ScriptedService:
             run_us *= 1 + 0.25 * math.sin(step * 1.7 + units)
             pieces.append(
                 PieceRecord(
-                    model=SPEC.name, stage=stage, kind=kind, lane=0, num_rows=rows,
-                    num_units=units, start_s=at_s, run_us=run_us, sessions=tuple(keys[:rows]),
-                )  # fmt: skip
+                    model=SPEC.name,
+                    stage=stage,
+                    kind=kind,
+                    lane=0,
+                    num_rows=rows,
+                    num_units=units,
+                    start_s=at_s,
+                    run_us=run_us,
+                    sessions=tuple(keys[:rows]),
+                )
             )
             at_s += run_us * 1e-6
         return StepRecord(

@@ -39,7 +39,7 @@ const timeline = new Timeline({
 const feed = new Feed({ onHello, onState, onView: (card, jpeg) => arms.showView(card, jpeg), onLink });
 
 at("retry").addEventListener("click", () => feed.retryNow());
-at("run-command").textContent = `ganglion run --server ${location.host}`;
+at("run-command").textContent = `ganglion run --url ${location.origin.replace(/^http/, "ws")} --world metaworld:drawer-open`;
 
 function onHello({ policy, version }) {
   arms.clear();

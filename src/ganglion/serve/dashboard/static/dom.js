@@ -34,9 +34,13 @@ export function setLegend(list, entries) {
   list.dataset.shown = key;
   list.replaceChildren(
     ...entries.map(({ colour, shape, name, value }) => {
-      const swatch = element("i", shape ? { class: shape } : {});
-      swatch.style.setProperty("--swatch", colour);
-      return element("li", {}, swatch, name, ...(value ? [element("b", {}, value)] : []));
+      const item = element("li", {}, name, ...(value ? [element("b", {}, value)] : []));
+      if (colour) {
+        const swatch = element("i", shape ? { class: shape } : {});
+        swatch.style.setProperty("--swatch", colour);
+        item.prepend(swatch);
+      }
+      return item;
     }),
   );
 }

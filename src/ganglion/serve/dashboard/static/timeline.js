@@ -78,7 +78,7 @@ export class Timeline {
     setLegend(this.legend, [
       ...KINDS.map((kind) => ({ colour: spanColour(kind), name: kind })),
       { colour: palette.warn, shape: "is-dash", name: last ? `budget ${micros(last.budget_us)}` : "budget" },
-      { colour: palette.faint, name: "label: rows \u00d7 units" },
+      { name: "label: rows \u00d7 units" },
     ]);
   }
 

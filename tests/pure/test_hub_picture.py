@@ -1,0 +1,287 @@
+"""What browsers are told and what they may ask for."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tests.side_messages import Ears, hello, telemetry
+
+from ganglion.clock import SimulatedClock
+from ganglion.errors import FieldError, GanglionError
+from ganglion.serve.dashboard.orders import obey
+from ganglion.serve.dashboard.picture import Painter, Picture
+from ganglion.serve.fake import fake_spec
+from ganglion.serve.hub import Hub, Robot
+from ganglion.service import OnDone
+from ganglion.spec import PolicySpec
+from ganglion.types import (
+    Command,
+    LivePage,
+    Observation,
+    OverridePrompt,
+    PageId,
+    PieceRecord,
+    PoolStats,
+    RequestId,
+    RobotId,
+    ServiceStats,
+    SessionId,
+    SessionStats,
+    SpanKind,
+    StepRecord,
+)
+
+
+def session(name: str, **changes: Any) -> SessionStats:
+    known = SessionStats(
+        session_id=SessionId(name),
+        robot_id=RobotId(f"arm-{name}"),
+        prompt="open the drawer",
+        is_prompt_overridden=False,
+        num_chunks=3,
+        num_superseded=0,
+        num_deadline_misses=1,
+        num_errors=0,
+        chunk_hz=4.0,
+        last_infer_ms=12.0,
+        last_seq=9,
+        context_version=2,
+        num_pages={"kv": 4},
+    )
+    return replace(known, **changes)
+
+
+def stats(*sessions: SessionStats, now_s: float = 10.0, **changes: Any) -> ServiceStats:
+    known = ServiceStats(
+        now_s=now_s,
+        is_ready=True,
+        stage="serving",
+        sessions=sessions,
+        pool=None,
+        steps=(),
+        num_requests=5,
+        num_results=4,
+        num_errors=1,
+        num_cancelled=0,
+    )
+    return replace(known, **changes)
+
+
+def step(number: int) -> StepRecord:
+    piece = PieceRecord(
+        model="fake",
+        stage="flow",
+        kind=SpanKind.DENOISE,
+        lane=1,
+        num_rows=2,
+        num_units=5,
+        start_s=9.5,
+        run_us=1500.0,
+        sessions=(SessionId("a"), SessionId("b")),
+    )
+    return StepRecord(
+        step=number,
+        start_s=9.5,
+        run_us=1700.0,
+        budget_us=20_000,
+        num_waiting=1,
+        pieces=(piece,),
+    )
+
+
+def pool(*page_ids: int) -> PoolStats:
+    return PoolStats(
+        large_page_bytes=1024,
+        num_large_pages=8,
+        num_free_large_pages=6,
+        pages_per_large={"kv": 4, "planner.feature": 2},
+        num_used_pages={"kv": 2},
+        num_cached_pages={"kv": 1},
+        num_hits=3,
+        num_misses=1,
+        live_pages=tuple(
+            LivePage(page_id=PageId(at), layout="kv", kind="kv", owner=f"s-{at}", num_refs=1)
+            for at in page_ids
+        ),
+    )
+
+
+def join(hub: Hub, session_id: str, robot_id: str) -> Robot:
+    ears = Ears()
+    message = hello(robot_id=robot_id, session_id=session_id)
+    return hub.join(message, tell=ears.watches.append, take_over=ears.take_over)
+
+
+def paint(painter: Painter, picture_of: ServiceStats, now_s: float = 10.0) -> Picture:
+    return painter.paint(picture_of, now_s=now_s, start_s=4.0)
+
+
+def read(picture: Picture, *, last_step: int = -1, pool_version: int = -1) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(picture.text(last_step=last_step, pool_version=pool_version))
+    return state
+
+
+def test_sessions_and_robots_become_arms() -> None:
+    hub = Hub(SimulatedClock(10.0))
+    robot = join(hub, "a", "arm-a")
+    hub.receive(robot, telemetry(reply_prompt="open the drawer"))
+    join(hub, "later", "arm-later")
+    state = read(paint(Painter(hub), stats(session("a"), session("b"))))
+    assert [arm["session_id"] for arm in state["arms"]] == ["a", "b", "later"]
+    first, second, third = state["arms"]
+    assert first["robot"]["telemetry"]["tick"] == 7
+    assert first["robot"]["telemetry"]["is_stale"] is False
+    assert first["session"]["prompt"] == "open the drawer"
+    assert second["robot"] is None
+    assert third["session"] is None
+    assert len({arm["card"] for arm in state["arms"]}) == 3
+    assert state["uptime_s"] == 6.0
+    assert state["totals"]["num_arms"] == 3
+    assert state["totals"]["chunk_hz"] == 8.0
+    assert state["totals"]["num_misses"] == 1
+    assert state["totals"]["num_late_chunks"] == 2
+
+
+def test_a_robot_that_does_not_own_the_session_is_not_shown_for_it() -> None:
+    hub = Hub(SimulatedClock())
+    join(hub, "a", "impostor")
+    picture = paint(Painter(hub), stats(session("a")))
+    assert read(picture)["arms"][0]["robot"] is None
+    assert picture.views == {}
+
+
+def test_cards_keep_their_numbers_and_are_never_given_twice() -> None:
+    painter = Painter(Hub(SimulatedClock()))
+    first = read(paint(painter, stats(session("a"), session("b"))))
+    second = read(paint(painter, stats(session("b"), session("c"))))
+    assert [arm["card"] for arm in first["arms"]] == [1, 2]
+    assert [arm["card"] for arm in second["arms"]] == [2, 3]
+    assert [arm["card"] for arm in read(paint(painter, stats(session("a"))))["arms"]] == [4]
+
+
+def test_old_telemetry_is_marked() -> None:
+    hub = Hub(SimulatedClock(10.0))
+    hub.receive(join(hub, "a", "arm-a"), telemetry())
+    state = read(paint(Painter(hub), stats(session("a")), now_s=13.5))
+    assert state["arms"][0]["robot"]["telemetry"]["is_stale"] is True
+
+
+def test_each_browser_gets_each_step_once() -> None:
+    painter = Painter(Hub(SimulatedClock()))
+    picture = paint(painter, stats(steps=(step(4), step(5), step(6))))
+    assert [each["step"] for each in read(picture)["steps"]] == [4, 5, 6]
+    assert [each["step"] for each in read(picture, last_step=5)["steps"]] == [6]
+    assert picture.last_step == 6
+    piece = read(picture)["steps"][0]["pieces"][0]
+    assert (piece["kind"], piece["lane"], piece["sessions"]) == ("denoise", 1, ["a", "b"])
+    assert len(paint(painter, stats(steps=(step(6),))).steps) == 1  # old ones are forgotten
+
+
+def test_the_pool_is_sent_when_it_changed_and_at_most_twice_a_second() -> None:
+    painter = Painter(Hub(SimulatedClock()))
+    first = paint(painter, stats(now_s=10.0, pool=pool(0, 5)))
+    drawn = read(first)["pool"]
+    assert drawn["pages"] == [[0, 0, 0, 0, 1], [1, 1, 0, 1, 1]]  # large page, place in it, ...
+    assert drawn["owners"] == ["s-0", "s-5"]
+    assert [layout["kind"] for layout in drawn["layouts"]] == ["kv", "feature"]
+    assert "pool" not in read(first, pool_version=first.pool_version)
+    soon = paint(painter, stats(now_s=10.1, pool=pool(0)))
+    assert soon.pool_version == first.pool_version
+    later = paint(painter, stats(now_s=10.6, pool=pool(0)))
+    assert later.pool_version == first.pool_version + 1
+    same = paint(painter, stats(now_s=11.6, pool=pool(0)))
+    assert same.pool_version == later.pool_version
+
+
+def test_latency_is_the_median_of_the_last_ten_seconds() -> None:
+    painter = Painter(Hub(SimulatedClock()))
+    for at, infer_ms in enumerate([10.0, 90.0, 20.0]):
+        picture = paint(
+            painter, stats(session("a", num_chunks=at + 1, last_infer_ms=infer_ms), now_s=10.0 + at)
+        )
+    assert read(picture)["totals"]["latency_p50_ms"] == 20.0
+    quiet = paint(painter, stats(session("a", num_chunks=3, last_infer_ms=20.0), now_s=30.0))
+    assert read(quiet)["totals"]["latency_p50_ms"] is None
+
+
+def test_numbers_that_json_cannot_say_become_null() -> None:
+    painter = Painter(Hub(SimulatedClock()))
+    state = read(paint(painter, stats(session("a", last_infer_ms=float("nan"), num_chunks=0))))
+    assert state["arms"][0]["session"]["infer_ms"] is None
+
+
+class Obedient:
+    """A Service that takes commands for the session "a" only."""
+
+    def __init__(self) -> None:
+        self.commands: list[Command] = []
+
+    @property
+    def spec(self) -> PolicySpec:
+        return fake_spec()
+
+    def submit(self, observation: Observation, on_done: OnDone) -> RequestId:
+        raise AssertionError("no observation expected")
+
+    def cancel(self, request_id: RequestId) -> None:
+        raise AssertionError("no request expected")
+
+    def control(self, command: Command) -> None:
+        if command.session_id != "a":
+            raise FieldError("session_id", expected="an open session", got=command.session_id)
+        self.commands.append(command)
+
+    def stats(self) -> ServiceStats:
+        return stats()
+
+
+def test_an_operator_sets_a_prompt_and_gives_it_back() -> None:
+    service = Obedient()
+    order = {"id": 1, "set_prompt": {"session_id": "a", "prompt": " close the drawer  "}}
+    assert json.loads(obey(json.dumps(order), service)) == {
+        "kind": "answer",
+        "id": 1,
+        "error": None,
+    }
+    obey(json.dumps({"id": 2, "clear_prompt": {"session_id": "a"}}), service)
+    assert service.commands == [
+        OverridePrompt(session_id=SessionId("a"), prompt="close the drawer"),
+        OverridePrompt(session_id=SessionId("a"), prompt=None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("order", "what"),
+    [
+        ("{", "order: expected JSON"),
+        ("[" * 16_000, "order: expected JSON"),
+        ("[]", "order.id"),
+        ('{"id": true}', "order.id"),
+        ('{"id": 1}', "set_prompt"),
+        ('{"id": 1, "set_prompt": {"session_id": "a"}}', "set_prompt"),
+        ('{"id": 1, "set_prompt": {"session_id": 4, "prompt": "x"}}', "set_prompt"),
+        ('{"id": 1, "set_prompt": {"session_id": "a", "prompt": "  "}}', "an instruction"),
+        ('{"id": 1, "set_prompt": {"session_id": "a", "prompt": "a\\u0007"}}', "control char"),
+        ('{"id": 1, "clear_prompt": {"session_id": "gone"}}', "an open session"),
+        (
+            json.dumps({"id": 1, "set_prompt": {"session_id": "a", "prompt": "x" * 2049}}),
+            "at most 2048 bytes",
+        ),
+    ],
+)
+def test_a_bad_order_is_answered_and_not_carried_out(order: str, what: str) -> None:
+    service = Obedient()
+    answer = json.loads(obey(order, service))
+    assert what in answer["error"]["message"]
+    assert service.commands == []
+
+
+def test_an_error_of_the_service_is_answered_with_its_next_step() -> None:
+    class Refusing(Obedient):
+        def control(self, command: Command) -> None:
+            raise GanglionError("too busy", next_step="try later")
+
+    answer = json.loads(obey('{"id": 9, "clear_prompt": {"session_id": "a"}}', Refusing()))
+    assert answer["id"] == 9
+    assert answer["error"] == {"code": "internal", "message": "too busy", "next_step": "try later"}
