@@ -10,7 +10,7 @@ GL := $(VENV)/.gl
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-all check docs bench gpu clean
+.PHONY: help install demo test test-all check format docs bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make check     format, lint, types, import directions, generated docs"
 	@echo "make test-all  the slow tests too"
 	@echo "make bench     every measured number of docs/results, about an hour"
+	@echo "make format    ruff format and its safe fixes"
 	@echo "make docs      write the generated pages again"
 	@echo "make gpu       tests and measurements that need a GPU"
 
@@ -60,8 +61,11 @@ check: $(STAMP)
 	PYTHONPATH=src $(BIN)/lint-imports --no-logo
 	$(BIN)/python -m ganglion.cli.docs --check
 
-docs: $(STAMP)
+format: $(STAMP)
 	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(STAMP)
 	$(BIN)/python -m ganglion.cli.docs
 
 bench: $(STAMP) $(GL)
