@@ -3,13 +3,14 @@
 Called by `cli`, `bench` and tests. Knows the Service seam and nothing behind it.
 """
 
+import asyncio
 import logging
 import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import uvicorn
 from starlette.applications import Starlette
@@ -24,7 +25,7 @@ from ganglion.serve.dashboard.routes import dashboard_routes
 from ganglion.serve.health import health_routes
 from ganglion.serve.hub import Hub
 from ganglion.serve.keys import KeyGuard
-from ganglion.serve.limits import HostGuard, check_exposure
+from ganglion.serve.limits import HostGuard, check_exposure, impatient_h11
 from ganglion.serve.refusal import refuse
 from ganglion.serve.robot import RobotEndpoint
 from ganglion.service import Service
@@ -105,7 +106,7 @@ class Server:
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http="h11",  # httptools takes headers of any size
+                http=cast(type[asyncio.Protocol], impatient_h11),
                 ws="websockets-sansio",
                 loop="asyncio",
                 lifespan="off",
@@ -230,7 +231,8 @@ def run(
 
 def _bind(config: ServeConfig) -> socket.socket:
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol by name: asyncio turns Nagle's delay off only on sockets that say TCP.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((config.host, config.port))

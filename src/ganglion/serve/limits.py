@@ -5,14 +5,19 @@ here (DNS rebinding) nor make the browser send it anything (CSRF): Host must be 
 Origin, when there is one, must be this very server. Robots send no Origin, so they may use any name for the machine.
 """
 
+import asyncio
 import ipaddress
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ganglion.config import ServeConfig
 from ganglion.errors import ConfigError
 from ganglion.metrics import Metrics
 from ganglion.serve.refusal import header, refuse
+
+REQUEST_TIMEOUT_S = 10.0  # from accepting a connection to its first whole request
 
 
 def check_exposure(config: ServeConfig) -> None:
@@ -80,3 +85,20 @@ def _host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0]
+
+
+def impatient_h11(**settings: Any) -> asyncio.Protocol:
+    """uvicorn's h11 protocol, but a peer that does not finish its first request in time is cut off.
+
+    `settings` are uvicorn's, passed on as they are.
+    """
+    protocol = H11Protocol(**settings)
+    loop = asyncio.get_running_loop()
+    loop.call_later(REQUEST_TIMEOUT_S, _close_when_silent, protocol)
+    return protocol
+
+
+def _close_when_silent(protocol: H11Protocol) -> None:
+    has_request = protocol.scope is not None
+    if not has_request and protocol.transport is not None and not protocol.transport.is_closing():
+        protocol.transport.close()
