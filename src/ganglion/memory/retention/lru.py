@@ -1,0 +1,26 @@
+"""Least recently used: what was read last stays longest. The ledger's default Value. Pure."""
+
+from collections import OrderedDict
+
+
+class Lru:
+    """Items by the time of their last reader.
+
+    An OrderedDict: as fast as a linked list over preallocated lists (docs/decisions/0002-page-pool.md), and it takes
+    memory only for what is kept.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[int, int] = OrderedDict()
+
+    def keep(self, item: int, now: int) -> None:
+        self._kept[item] = now
+
+    def drop(self, item: int) -> None:
+        del self._kept[item]
+
+    def weakest(self) -> int | None:
+        return next(iter(self._kept), None)
+
+    def worth(self, item: int) -> float:
+        return self._kept[item]
