@@ -188,7 +188,7 @@ class ScriptedService:
         num_cached = dict.fromkeys(PAGES_PER_LARGE, 0)
         next_large = 0
         for layout, per_large in PAGES_PER_LARGE.items():
-            owners = [key for _, key in self._open() for _ in range(PAGES_PER_SESSION[layout])]
+            owners = [str(key) for _, key in self._open() for _ in range(PAGES_PER_SESSION[layout])]
             num_shared = 4 if layout == "kv" else 0
             num_old = 3 + num_chunks // 4 % 5
             owners = ["shared"] * num_shared + owners + ["cached"] * num_old
@@ -229,7 +229,7 @@ class ScriptedRobot:
         self._at, self._service = at, service
         self._url = f"ws://127.0.0.1:{port}{SIDE_PATH}"
         self._is_stopping = threading.Event()
-        self.is_watched = False
+        self.is_watched, self._max_view_hz = False, 1.0
         self.num_views = 0
         self._thread = threading.Thread(target=self._run, name=f"robot-{at}", daemon=True)
         self._thread.start()
@@ -257,12 +257,14 @@ class ScriptedRobot:
             "control_hz": 20.0,
         }
         socket.send(encode({"hello": hello}))
-        start_s = time.monotonic()
+        start_s, view_s = time.monotonic(), 0.0
         while not self._is_stopping.is_set():
             self._read(socket)
             age_s = time.monotonic() - start_s + 7.3 * self._at
             socket.send(encode({"telemetry": self._telemetry(age_s)}))
-            if self.is_watched:
+            is_due = age_s - view_s >= 0.95 / self._max_view_hz
+            if self.is_watched and is_due:
+                view_s = age_s
                 socket.send(encode({"jpeg": picture(self._at, age_s)}))
                 self.num_views += 1
             self._is_stopping.wait(0.1)
@@ -270,11 +272,11 @@ class ScriptedRobot:
     def _read(self, socket: ClientConnection) -> None:
         while True:
             try:
-                message = decode(bytes(socket.recv(timeout=0)))
+                message = decode(socket.recv(timeout=0, decode=False))
             except TimeoutError:
                 return
             assert "error" not in message, message
-            self.is_watched = message["watch"]
+            self.is_watched, self._max_view_hz = message["watch"], message["max_view_hz"]
 
     def _telemetry(self, age_s: float) -> dict[str, Any]:
         tick = int(age_s * 20)

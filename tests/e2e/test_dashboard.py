@@ -248,14 +248,17 @@ def test_a_robot_that_says_nonsense_is_closed_with_the_right_code(
 def test_a_bad_message_after_the_hello_is_answered_and_the_connection_lives(stage: Stage) -> None:
     with connect(f"ws://127.0.0.1:{stage.port}{SIDE_PATH}", compression=None) as socket:
         socket.send(encode(hello(robot_id="late", session_id="late")))
-        assert decode(bytes(socket.recv(timeout=10))) == {"watch": False, "max_view_hz": 10.0}
+        assert decode(socket.recv(timeout=10, decode=False)) == {
+            "watch": False,
+            "max_view_hz": 10.0,
+        }
         socket.send(encode(telemetry(tick=-1)))
-        error = decode(bytes(socket.recv(timeout=10)))["error"]
+        error = decode(socket.recv(timeout=10, decode=False))["error"]
         assert error["code"] == "invalid_field"
         assert "telemetry.tick" in error["message"]
         socket.send(encode(telemetry()))
         socket.send(encode(telemetry(rate_hz="fast")))
-        error = decode(bytes(socket.recv(timeout=10)))["error"]
+        error = decode(socket.recv(timeout=10, decode=False))["error"]
         assert "telemetry.rate_hz" in error["message"]
 
 
@@ -264,7 +267,7 @@ def test_a_newer_connection_of_a_robot_takes_over(stage: Stage) -> None:
     with connect(url, compression=None) as old, connect(url, compression=None) as new:
         for socket in (old, new):
             socket.send(encode(hello(robot_id="twice", session_id="twice")))
-            assert "watch" in decode(bytes(socket.recv(timeout=10)))
+            assert "watch" in decode(socket.recv(timeout=10, decode=False))
         with pytest.raises(ConnectionClosed) as caught:
             old.recv(timeout=10)
         assert caught.value.rcvd is not None
