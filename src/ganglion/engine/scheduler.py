@@ -73,11 +73,10 @@ class DeadlineScheduler:
         lane_us = [0] * self._num_lanes
         for (model, at), rows in self._ready(ordered, cursors).items():
             stage = self._stages[model][at]
-            left_us = budget_us - min(lane_us)
-            fit = self._fit(
-                model, stage, rows, at, cursors, left_us, is_forced=is_first and not placed
-            )
-            for share in _split(fit, self._num_lanes):
+            left_us, num_open = budget_us - min(lane_us), lane_us.count(min(lane_us))
+            is_forced = is_first and not placed
+            fit = self._fit(model, stage, rows, at, cursors, left_us, num_open, is_forced=is_forced)
+            for share in _split(fit, num_open):
                 lane = lane_us.index(min(lane_us))
                 order = self._order(model, stage, share, at, cursors, left_us, wave, lane)
                 lane_us[lane] += order.cost_us
@@ -108,6 +107,7 @@ class DeadlineScheduler:
         at: int,
         cursors: Mapping[RequestId, list[int]],
         budget_us: int,
+        num_open: int,
         *,
         is_forced: bool,
     ) -> list[RequestId]:
@@ -115,14 +115,16 @@ class DeadlineScheduler:
         rows = rows[: self._max_rows]
         while rows:
             num_units = 1 if stage.is_divisible else stage.num_units - cursors[rows[0]][at]
-            per_lane = -(-len(rows) // self._num_lanes)
-            cost_us = self._cost.estimate_us(
-                model, stage.name, num_rows=per_lane, num_units=num_units
+            per_lane = -(-len(rows) // num_open)
+            cost_us = max(
+                1,
+                self._cost.estimate_us(model, stage.name, num_rows=per_lane, num_units=num_units),
             )
             if cost_us <= budget_us or (is_forced and len(rows) == 1):
-                return rows
-            rows = rows[: len(rows) * max(budget_us, 1) // (cost_us + 1) or (1 if is_forced else 0)]
-        return []
+                break
+            num_affordable = len(rows) * max(budget_us, 0) // cost_us
+            rows = rows[: max(num_affordable, int(is_forced))]
+        return rows
 
     def _order(
         self,

@@ -5,8 +5,8 @@ The synchronous core: no locks, no sockets, no waiting. Knows pages by id and te
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 from ganglion.clock import Clock
 from ganglion.engine.context import PublicContext
@@ -160,76 +160,62 @@ class Engine:
             for work in self._works.values()
         ]
         orders = self._scheduler.plan(view, self._step_budget_us)
-        dropped = self._reserve(orders)
-        pieces = tuple(
-            piece for order in orders if (piece := self._piece(order, dropped)) is not None
-        )
+        pieces = self._pieces(orders)
         self._num_steps += 1
         return StepPlan(
             step=self._num_steps,
             budget_us=self._step_budget_us,
             num_waiting=len(self._works),
-            pieces=pieces,
+            pieces=tuple(pieces),
         )
 
-    def _reserve(self, orders: Sequence[PieceOrder]) -> frozenset[RequestId]:
-        """Give every row that writes its pages; rows that the pool cannot serve now sit this step out.
+    def _pieces(self, orders: Sequence[PieceOrder]) -> list[Piece]:
+        """Give every row the pages that it writes; a row that the pool cannot serve now sits the rest of the step out.
 
         When no row could be served, nothing would ever free a page: the least urgent ends with OutOfPagesError.
         """
-        dropped: set[RequestId] = set()
-        num_served = 0
+        pieces: list[Piece] = []
+        starved: dict[RequestId, OutOfPagesError] = {}
         for order in orders:
             for request_id in order.rows:
-                work = self._works.get(request_id)
-                if work is None or request_id in dropped:
-                    continue
-                span = work.spans[order.stage.name]
-                num_served += 1
-                if span.pages:
-                    continue
-                try:
-                    span.pages = self._ledger.reserve(
-                        order.stage.layout,
-                        order.stage.num_pages,
-                        owner=work.observation.session_id,
-                    )
-                except OutOfPagesError as error:
-                    dropped.add(request_id)
-                    num_served -= 1
-                    last_error = error
-        if dropped and not num_served:
-            self._finish(self._works[max(dropped, key=self._urgency)], last_error)
-        return frozenset(dropped)
+                if request_id not in starved:
+                    error = self._reserve(self._works[request_id], order.stage)
+                    if error is not None:
+                        starved[request_id] = error
+            piece = self._piece(order, starved.keys())
+            if piece is not None:
+                pieces.append(piece)
+        if starved and not pieces:
+            last = max(starved, key=lambda request_id: self._works[request_id].deadline_us)
+            self._finish(self._works[last], starved[last])
+        return pieces
 
-    def _urgency(self, request_id: RequestId) -> int:
-        return self._works[request_id].deadline_us
+    def _reserve(self, work: Work, stage: Stage) -> OutOfPagesError | None:
+        span = work.spans[stage.name]
+        if span.pages:
+            return None
+        try:
+            span.pages = self._ledger.reserve(
+                stage.layout, stage.num_pages, owner=work.observation.session_id
+            )
+        except OutOfPagesError as error:
+            return error
+        return None
 
-    def _piece(self, order: PieceOrder, dropped: frozenset[RequestId]) -> Piece | None:
-        kept = [
-            (request_id, first)
-            for request_id, first in zip(order.rows, order.first_units, strict=True)
-            if request_id not in dropped
-        ]
+    def _piece(self, order: PieceOrder, starved: Set[RequestId]) -> Piece | None:
+        kept = [at for at, request_id in enumerate(order.rows) if request_id not in starved]
         if not kept:
             return None
-        works = [self._works[request_id] for request_id, _ in kept]
+        works = [self._works[order.rows[at]] for at in kept]
         stages = [works[0].spans[name].stage for name in order.stage.reads]
         if order.stage.is_divisible:
             stages.append(order.stage)
-        if len(kept) < len(order.rows):
-            order = PieceOrder(
-                model=order.model,
-                stage=order.stage,
-                rows=tuple(request_id for request_id, _ in kept),
-                first_units=tuple(first for _, first in kept),
-                num_units=order.num_units,
-                wave=order.wave,
-                lane=order.lane,
-                cost_us=order.cost_us,
-            )
         return Piece(
-            order=order,
+            order=replace(
+                order,
+                rows=tuple(order.rows[at] for at in kept),
+                first_units=tuple(order.first_units[at] for at in kept),
+            ),
             observations=tuple(work.observation for work in works),
             reads=tuple(
                 (stage, tuple(work.spans[stage.name].pages for work in works)) for stage in stages

@@ -87,12 +87,17 @@ class Dispatcher:
                 pass
 
     def step(self) -> bool:
-        """One engine step and its outcomes; is there more to do?"""
+        """One engine step and its outcomes; is there more to do?
+
+        Sessions are admitted here and not as their messages come in, so that newest wins among all that arrived.
+        """
+        for session in self._sessions.values():
+            self._admit(session)
         record = self._engine.step()
         if record is not None:
             self._metrics.observe_step(record)
         self._settle_all()
-        return self._engine.has_work
+        return self._engine.has_work or any(s.waiting for s in self._sessions.values())
 
     def fail_all(self, error: GanglionError) -> None:
         """End every open request with `error` (a defect, or the server is stopping)."""
@@ -118,7 +123,6 @@ class Dispatcher:
                 displaced.request_id,
                 SupersededError(seq=displaced.observation.seq, newest_seq=session.newest_seq),
             )
-        self._admit(session)
 
     def _admit(self, session: Session) -> None:
         """Send the session's waiting observation into the engine, if its last one is out."""
@@ -190,7 +194,6 @@ class Dispatcher:
         else:
             outcome = self._chunk(session, submission, work, finished.outcome)
         self._answer(work.request_id, outcome)
-        self._admit(session)
 
     def _chunk(
         self, session: Session, submission: Submission, work: Work, actions: Float32Array

@@ -1,0 +1,194 @@
+"""FlowModel: a FlowPolicy as a Model, its keys, values and latents cut into pages. Called by the engine's executor.
+
+The rows of a KV page are tokens, so that pages laid end to end are a sequence without a copy.
+
+| stage | reads | writes | shared by content |
+|---|---|---|---|
+| view.i | the image | features | image bytes |
+| text | the instruction | KV of its tokens | instruction |
+| observation | view.*, text, the state | KV of view and state tokens | no |
+| denoise | text, observation, its own latent | the latent x_tau | no |
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ganglion.layout import PageKind, PageLayout
+from ganglion.models.base import StageBatch
+from ganglion.models.policies.flow import FlowPolicy
+from ganglion.models.policies.transforms import Processor
+from ganglion.spec import PolicySpec, Stage
+from ganglion.types import Float32Array, Observation, SpanKind
+
+KV_SLOTS = (
+    4  # divides the 16 text tokens and leaves 1 of 52 slots empty behind the 51 observation tokens
+)
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class FlowModel:
+    """Stages over pages for one checkpoint; `num_flow_steps` Euler steps from noise to actions."""
+
+    def __init__(self, policy: FlowPolicy, processor: Processor, spec: PolicySpec) -> None:
+        config = policy.config
+        self._policy, self._processor, self.spec = policy, processor, spec
+        self._dtype = next(policy.parameters()).dtype
+        self._num_flow_steps = spec.num_flow_steps
+        dtype = _DTYPE_NAMES[self._dtype]
+        kv_shape = (KV_SLOTS, config.num_layers, 2, config.num_heads, config.head_dim)
+        kv = PageLayout(name="kv", kind=PageKind.KV, shape=kv_shape, dtype=dtype, slots=KV_SLOTS)
+        feature = PageLayout(
+            name="feature",
+            kind=PageKind.FEATURE,
+            shape=(config.num_view_tokens, config.trunk_width),
+            dtype=dtype,
+            slots=config.num_view_tokens,
+        )
+        state = PageLayout(
+            name="state",
+            kind=PageKind.STATE,
+            shape=(config.horizon, config.action_dim),
+            dtype="float32",
+            slots=config.horizon,
+        )
+        self.layouts = (kv, feature, state)
+        self._view_of_stage = {f"view.{at}": key for at, key in enumerate(config.view_keys)}
+        views = tuple(
+            _stage(name, SpanKind.ENCODE, 1, feature, 1, is_shared=True)
+            for name in self._view_of_stage
+        )
+        num_text, num_seen = config.num_text_tokens, config.num_observation_tokens
+        text = _stage(
+            "text", SpanKind.PREFILL, num_text, kv, kv.num_pages(num_text), is_shared=True
+        )
+        observation = _stage(
+            "observation",
+            SpanKind.PREFILL,
+            num_seen,
+            kv,
+            kv.num_pages(num_seen),
+            reads=(*self._view_of_stage, "text"),
+        )
+        denoise = _stage(
+            "denoise",
+            SpanKind.DENOISE,
+            spec.num_flow_steps,
+            state,
+            1,
+            reads=("text", "observation"),
+            is_divisible=True,
+        )
+        self.stages = (*views, text, observation, denoise)
+
+    def key(self, stage: Stage, observation: Observation) -> bytes:
+        digest = hashlib.blake2b(self.spec.version.encode(), digest_size=16)
+        view = self._view_of_stage.get(stage.name)
+        if view is not None:
+            digest.update(np.ascontiguousarray(observation.images[view]))
+        else:
+            digest.update(observation.prompt.encode())
+        return digest.digest()
+
+    def run(self, stage: Stage, batch: StageBatch) -> Tensor:
+        if stage.kind is SpanKind.ENCODE:
+            return self._encode(stage, batch)
+        if stage.kind is SpanKind.DENOISE:
+            return self._denoise(stage, batch)
+        return self._prefill_text(batch) if stage.name == "text" else self._prefill(batch)
+
+    def emit(self, pages: Tensor, observations: tuple[Observation, ...]) -> Float32Array:
+        return self._processor.actions(pages[:, 0])
+
+    def _encode(self, stage: Stage, batch: StageBatch) -> Tensor:
+        view = self._view_of_stage[stage.name]
+        index = self._policy.config.view_keys.index(view)
+        images = np.stack([observation.images[view] for observation in batch.observations])
+        return self._policy.encode_view(index, torch.from_numpy(images))[:, None]
+
+    def _prefill_text(self, batch: StageBatch) -> Tensor:
+        prompts = [observation.prompt for observation in batch.observations]
+        return _to_pages(self._policy.prefill_text(self._processor.tokens(prompts)))
+
+    def _prefill(self, batch: StageBatch) -> Tensor:
+        features = torch.cat([batch.reads[name][:, 0] for name in self._view_of_stage], dim=1)
+        state = self._processor.state(np.stack([o.state for o in batch.observations]))
+        return _to_pages(
+            self._policy.prefill_observation(
+                features, state.to(self._dtype), _from_pages(batch.reads["text"])
+            )
+        )
+
+    def _denoise(self, stage: Stage, batch: StageBatch) -> Tensor:
+        config = self._policy.config
+        latents = batch.reads[stage.name][:, 0]
+        for row, first in enumerate(batch.first_units):
+            if first == 0:
+                latents[row] = self._noise(batch.observations[row])
+        pages = torch.cat([batch.reads["text"], batch.reads["observation"]], dim=1)
+        context = _from_pages(pages)[:, :, :, : config.num_context_tokens]
+        width = 1.0 / self._num_flow_steps
+        tau = torch.tensor(batch.first_units, dtype=torch.float32) * width
+        latents = self._policy.denoise(
+            latents,
+            tau[:, None].expand(-1, config.horizon),
+            torch.full_like(tau, width),
+            context,
+            batch.num_units,
+        )
+        return latents[:, None]
+
+    def _noise(self, observation: Observation) -> Float[Tensor, "horizon action"]:
+        """Normal noise from the request's seed, else from its session and number: repeatable either way."""
+        seed = observation.seed
+        if seed is None:
+            name = f"{observation.session_id}/{observation.seq}".encode()
+            seed = int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+        generator = torch.Generator().manual_seed(seed)
+        config = self._policy.config
+        return torch.randn(config.horizon, config.action_dim, generator=generator)
+
+
+def _stage(
+    name: str,
+    kind: SpanKind,
+    num_units: int,
+    layout: PageLayout,
+    num_pages: int,
+    *,
+    reads: tuple[str, ...] = (),
+    is_shared: bool = False,
+    is_divisible: bool = False,
+) -> Stage:
+    return Stage(
+        name=name,
+        kind=kind,
+        num_units=num_units,
+        reads=reads,
+        layout=layout.name,
+        num_pages=num_pages,
+        is_shared=is_shared,
+        is_divisible=is_divisible,
+    )
+
+
+def _to_pages(
+    kv: Float[Tensor, "b layer 2 token head dim"],
+) -> Float[Tensor, "b page slot layer 2 head dim"]:
+    """Tokens into pages of KV_SLOTS; the slots behind the last token are zero."""
+    by_token = kv.permute(0, 3, 1, 2, 4, 5)
+    num_empty = -by_token.shape[1] % KV_SLOTS
+    if num_empty:
+        empty = by_token.new_zeros((by_token.shape[0], num_empty, *by_token.shape[2:]))
+        by_token = torch.cat([by_token, empty], dim=1)
+    return by_token.unflatten(1, (-1, KV_SLOTS))
+
+
+def _from_pages(
+    pages: Float[Tensor, "b page slot layer 2 head dim"],
+) -> Float[Tensor, "b layer 2 token head dim"]:
+    """A view, no copy: pages end to end are the sequence."""
+    return pages.flatten(1, 2).permute(0, 2, 3, 1, 4, 5)
