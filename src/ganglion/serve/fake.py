@@ -43,7 +43,10 @@ MAX_REMEMBERED = 1_024  # observations and commands kept for a test to look at
 
 
 def fake_spec(*, size: int = 64, horizon: int = 50) -> PolicySpec:
-    """A policy of two square views of `size` pixels, four state numbers and four action dimensions."""
+    """A policy of two square views of `size` pixels, four state numbers and four action dimensions.
+
+    `horizon` is at most 1,000.
+    """
     return PolicySpec(
         name="fake",
         family="plain",
@@ -102,6 +105,10 @@ class FakeService:
         self._spec = spec or fake_spec()
         self._infer_s, self._max_sessions = infer_s, max_sessions
         self._clock = clock or RealClock()
+        column = np.arange(1_000 + self._spec.horizon) / 2_000
+        rows = np.repeat(column[:, None], self._spec.action_dim, axis=1)
+        self._ramp: Float32Array = rows.astype(np.float32)
+        self._ramp.flags.writeable = False
         self._changed = threading.Condition()
         self._waiting: OrderedDict[RequestId, _Waiting] = OrderedDict()
         self._dropped: deque[tuple[_Waiting, Outcome]] = deque()
@@ -138,12 +145,9 @@ class FakeService:
             self._is_ready = True
 
     def fake_actions(self, seq: int) -> Float32Array:
-        """Row i of the chunk for observation `seq`: (i + seq) / 1000 modulo 1, the same in every dimension."""
-        horizon, dim = self._spec.horizon, self._spec.action_dim
-        column = (np.arange(horizon, dtype=np.float32) + seq % 1000) / 1000.0 % 1.0
-        actions = np.repeat(column[:, None], dim, axis=1).astype(np.float32)
-        actions.flags.writeable = False
-        return actions
+        """Row i of the chunk for observation `seq`: (i + seq % 1000) / 2000, the same in every dimension."""
+        start = seq % 1_000
+        return self._ramp[start : start + self._spec.horizon]
 
     # --- Service -----------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from ganglion.types import Float32Array, Observation, RobotId, SessionId, UInt8A
 from ganglion.wire import WireLimits
 
 MAX_INT = 2**63 - 1
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 MAX_CONTROL_HZ = 1_000.0
 MAX_DEADLINE_MS = 600_000.0
 MAX_ID_LENGTH = 128
@@ -144,13 +145,11 @@ class RequestReader:
         if state.dtype not in (np.float32, np.float64) or state.shape != (dim,):
             expected = f"float32 or float64 [{dim}]"
             raise FieldError(key, expected=expected, got=wire.describe(state))
-        with np.errstate(over="ignore"):  # a float64 too large becomes inf, and is refused as such
-            cast = state.astype(np.float32, copy=False)
-        if not np.isfinite(cast).all():
-            row = int(np.flatnonzero(~np.isfinite(cast))[0])
-            got = f"{state[row]} at index {row}"
-            raise FieldError(key, expected="finite numbers within float32", got=got)
-        return cast
+        for index, value in enumerate(state.tolist()):
+            if not abs(value) <= MAX_FLOAT32:  # also refuses NaN
+                got = f"{value} at index {index}"
+                raise FieldError(key, expected="finite numbers within float32", got=got)
+        return state.astype(np.float32, copy=False)
 
     def _read_prompt(self, message: Mapping[str, Any]) -> str:
         prompt = message.get("prompt")

@@ -195,7 +195,6 @@ class _Connection:
         seq = None
         try:
             seq = endpoint.reader.read_seq(message)
-            endpoint.metrics.frames.inc(dialect="openpi" if seq is None else "ganglion")
             while seq is None and self._pending:
                 await self._wait_for_progress()
             self._num_frames += 1
@@ -213,6 +212,7 @@ class _Connection:
         except Exception:
             logger.exception("defect while taking a request")
             self._post_error(InternalError("the server failed on this request"), seq)
+        endpoint.metrics.frames.inc(dialect="openpi" if seq is None else "ganglion")
 
     def _submit(self, request: InferRequest, seq: int | None, received_s: float) -> None:
         if len(self._pending) >= MAX_IN_FLIGHT:
