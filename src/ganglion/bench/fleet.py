@@ -18,7 +18,7 @@ from ganglion.clock import RealClock
 from ganglion.config import EngineConfig, MemoryConfig, PolicyConfig
 from ganglion.errors import GanglionError
 from ganglion.models.base import Model
-from ganglion.models.registry import load_policy
+from ganglion.models.registry import load_policy, policy_folder
 from ganglion.pipeline.local import LocalService
 from ganglion.plan.hardware import read_hardware
 from ganglion.service import Outcome
@@ -58,9 +58,11 @@ class Workload:
 
 def run(*, quick: bool, seed: int) -> BenchResult:
     """Medians over interleaved rounds; every side gets its best split of the cores."""
-    model = load_policy(PolicyConfig().path)
+    hardware = read_hardware()
+    dtype = "bfloat16" if "amx_bf16" in hardware.flags else "float32"
+    model = load_policy(policy_folder(PolicyConfig().path), dtype=dtype)
     workload, bare = Workload(model, seed), BareModel(model)
-    cores = read_hardware().cores
+    cores = hardware.cores
     thread_counts = sorted({1, len(cores)})
     lane_choices = {"one lane": (tuple(cores),), "a lane a core": tuple((core,) for core in cores)}
     num_rounds, window_s = (2, 1.0) if quick else (5, 3.0)
