@@ -6,6 +6,7 @@ frozen. Knows nothing of tensors.
 
 from dataclasses import dataclass, field
 
+from ganglion.memory.prefix import PageKey
 from ganglion.spec import Stage
 from ganglion.types import Observation, PageId, RequestId
 
@@ -15,7 +16,7 @@ class Span:
     """One stage of one request. [0, cursor) of its units are computed; `pages` hold one reference each."""
 
     stage: Stage
-    keys: tuple[bytes, ...] = ()  # one per page when the stage is shared
+    keys: tuple[PageKey, ...] = ()  # one per page when the stage is shared
     cursor: int = 0
     pages: tuple[PageId, ...] = ()
 

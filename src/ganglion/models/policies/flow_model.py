@@ -88,7 +88,7 @@ class FlowModel:
         digest = hashlib.blake2b(self.spec.version.encode(), digest_size=16)
         view = self._view_of_stage.get(stage.name)
         if view is not None:
-            digest.update(np.ascontiguousarray(observation.images[view]))
+            digest.update(np.ascontiguousarray(observation.images[view]).data)
         else:
             digest.update(observation.prompt.encode())
         return digest.digest()
@@ -184,7 +184,7 @@ def _to_pages(
     if num_empty:
         empty = by_token.new_zeros((by_token.shape[0], num_empty, *by_token.shape[2:]))
         by_token = torch.cat([by_token, empty], dim=1)
-    return by_token.unflatten(1, (-1, KV_SLOTS))
+    return by_token.reshape(by_token.shape[0], -1, KV_SLOTS, *by_token.shape[2:])
 
 
 def _from_pages(
