@@ -16,6 +16,7 @@ from ganglion.client import (
     ReplyTimeoutError,
     UnauthorizedError,
 )
+from ganglion.clock import RealClock
 from ganglion.config import ServeConfig
 from ganglion.errors import FieldError, WireError
 from ganglion.serve.app import ServerThread
@@ -255,6 +256,34 @@ def test_a_broken_answer_is_an_error_not_a_chunk(scripted, answer, error):
         pytest.raises(error),
     ):
         client.infer({STATE: np.zeros(4)}, prompt="")
+
+
+def test_a_server_that_stops_reading_is_a_lost_connection_not_a_hang():
+    is_over = threading.Event()
+
+    def talk(peer):
+        peer.send(OURS)
+        is_over.wait()
+
+    def fill(client, image):
+        for _ in range(100):
+            client.request({"view": image})
+
+    image = np.zeros((512, 512, 3), np.uint8)
+    with serve(talk, "127.0.0.1", 0, compression=None, max_queue=1, close_timeout=0.1) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        client = Client(url, robot_id="arm", timeout_s=0.3)
+        with pytest.raises(ConnectionLostError):
+            fill(client, image)
+        clock = RealClock()
+        start_s = clock.now_s()
+        client.close()
+        assert clock.now_s() - start_s < 2
+        is_over.set()
+        server.shutdown()
+        thread.join()
 
 
 def test_answers_nobody_asked_for_are_dropped(scripted):

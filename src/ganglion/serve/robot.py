@@ -22,7 +22,14 @@ from starlette.types import Receive, Scope, Send
 from ganglion import __version__, wire
 from ganglion.clock import Clock
 from ganglion.config import ServeConfig
-from ganglion.errors import FieldError, GanglionError, InternalError, OverloadedError, WireError
+from ganglion.errors import (
+    ErrorCode,
+    FieldError,
+    GanglionError,
+    InternalError,
+    OverloadedError,
+    WireError,
+)
 from ganglion.metrics import Metrics
 from ganglion.serve import reply
 from ganglion.serve.refusal import refuse
@@ -46,12 +53,20 @@ MAX_UNSENT = 32  # replies waiting for a slow peer; then its requests are not re
 MAX_LOGGED_KEYS = 64
 CLOSE_MALFORMED, CLOSE_TEXT = 1002, 1003
 
+# Ordinary ends of a robot that sends often are no news; defects are. The rest is information.
+LOG_LEVELS = {
+    ErrorCode.SUPERSEDED: logging.DEBUG,
+    ErrorCode.CANCELLED: logging.DEBUG,
+    ErrorCode.INTERNAL: logging.ERROR,
+}
+
 
 @dataclass(slots=True, eq=False)
 class _Pending:
     """One request inside the service."""
 
     seq: int | None
+    robot_id: RobotId
     received_s: float
     request_id: RequestId | None = None
 
@@ -208,10 +223,10 @@ class _Connection:
                 self._submit(request, seq, received_s)
         except GanglionError as error:
             endpoint.metrics.refused_frames.inc(reason=error.code)
-            self._post_error(error, seq)
+            self._post_error(error, seq, message.get("robot_id"))
         except Exception:
             logger.exception("defect while taking a request")
-            self._post_error(InternalError("the server failed on this request"), seq)
+            self._post_error(InternalError("see the traceback above"), seq, message.get("robot_id"))
         endpoint.metrics.frames.inc(dialect="openpi" if seq is None else "ganglion")
 
     def _submit(self, request: InferRequest, seq: int | None, received_s: float) -> None:
@@ -219,7 +234,8 @@ class _Connection:
             raise OverloadedError(
                 "this connection's requests in flight", limit=MAX_IN_FLIGHT, retry_after_s=0.1
             )
-        pending, loop = _Pending(seq, received_s), self._loop
+        pending = _Pending(seq, request.observation.robot_id, received_s)
+        loop = self._loop
 
         def on_done(outcome: Outcome) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
@@ -261,12 +277,13 @@ class _Connection:
                 self._endpoint.checker.check(outcome)
                 self._post_chunk(pending, outcome)
             else:
-                self._post_error(outcome, pending.seq)
+                self._post_error(outcome, pending.seq, pending.robot_id)
         except GanglionError as error:
-            self._post_error(error, pending.seq)
+            self._post_error(error, pending.seq, pending.robot_id)
         except Exception:
             logger.exception("defect while answering a request")
-            self._post_error(InternalError("the server failed on this request"), pending.seq)
+            defect = InternalError("see the traceback above")
+            self._post_error(defect, pending.seq, pending.robot_id)
 
     def _post_chunk(self, pending: _Pending, chunk: ActionChunk) -> None:
         service_ms = (self._endpoint.clock.now_s() - pending.received_s) * 1e3
@@ -275,10 +292,11 @@ class _Connection:
         infer_ms = chunk.timing.infer_ms
         self._post(_Message(event=event, received_s=pending.received_s, infer_ms=infer_ms))
 
-    def _post_error(self, error: GanglionError, seq: int | None) -> None:
+    def _post_error(self, error: GanglionError, seq: int | None, robot_id: object) -> None:
         error_id = secrets.token_hex(4)
-        log = logger.error if isinstance(error, InternalError) else logger.info
-        log("error %s %s for %s: %s", error_id, error.code, self._sender.robot_id, error)
+        level = LOG_LEVELS.get(error.code, logging.INFO)
+        who = str(self._sender.robot_id if robot_id is None else robot_id)[:128]
+        logger.log(level, "error %s %s for robot %r: %s", error_id, error.code, who, error)
         if seq is None:
             text = reply.error_text(error, error_id)
             self._post(_Message(event={"type": "websocket.send", "text": text}))
