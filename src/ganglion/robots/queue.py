@@ -188,6 +188,11 @@ class ActionQueue:
             action=action, mode=self._mode, is_miss=is_miss, obs_tick=chunk.obs_tick, age_s=age_s
         )
 
+    def count_overrun(self, num_ticks: int) -> None:
+        """Ticks that went by while the robot's own process was held up: nothing was commanded at them."""
+        self.counts.ticks += num_ticks
+        self.counts.misses += num_ticks
+
     def fence(self) -> None:
         """From here on, only chunks of observations of ticks still to come count (after a reconnect)."""
         self._min_obs_tick = max(self._min_obs_tick, self._next_tick)

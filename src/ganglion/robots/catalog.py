@@ -1,0 +1,89 @@
+"""Catalog: worlds by name ("metaworld:drawer-open", "pusht"), each with what the control loop must know of its arm.
+
+Called by `robots.runner` and by whoever checks a name. Simulators are imported only when a world is opened.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ganglion.errors import FieldError
+from ganglion.robots.queue import ActionKind, Embodiment
+from ganglion.robots.world import World
+from ganglion.types import Float32Array, UInt8Array
+
+METAWORLD_ARM = Embodiment(
+    kind=ActionKind.DELTA,
+    action_low=(-1.0,) * 4,
+    action_high=(1.0,) * 4,
+    kept_dims=(3,),  # the gripper
+)
+PUSHT_ARM = Embodiment(kind=ActionKind.POSITION, action_low=(0.0, 0.0), action_high=(512.0, 512.0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """An open world and its arm. `measure`: where a POSITION arm is; `view`: the scene for people, if any."""
+
+    name: str  # as in the catalog
+    world_name: str
+    task: str
+    world: World
+    embodiment: Embodiment
+    measure: Callable[[], Float32Array] | None
+    view: Callable[[int], UInt8Array] | None
+
+
+def check_world(name: str) -> None:
+    """Raises FieldError when there is no such world or task."""
+    world_name, _, task = name.partition(":")
+    if world_name not in WORLDS:
+        raise FieldError("world", expected=f"one of {', '.join(WORLDS)}", got=repr(name))
+    if world_name == "metaworld":
+        from ganglion.robots.metaworld import task_named
+
+        task_named(task)
+    elif task:
+        raise FieldError("world", expected=f"{world_name} without a task", got=repr(name))
+
+
+def open_arm(name: str) -> Arm:
+    """Open the world called `name`. Raises FieldError, MissingDependencyError."""
+    check_world(name)
+    world_name, _, task = name.partition(":")
+    return WORLDS[world_name](name, task)
+
+
+def _open_metaworld(name: str, task: str) -> Arm:
+    from ganglion.robots.metaworld import MetaWorld
+
+    world = MetaWorld(task=task)
+    return Arm(
+        name=name,
+        world_name="metaworld",
+        task=task,
+        world=world,
+        embodiment=METAWORLD_ARM,
+        measure=None,
+        view=world.browser_view,
+    )
+
+
+def _open_pusht(name: str, task: str) -> Arm:
+    from ganglion.robots.pusht import PushT
+
+    world = PushT()
+    return Arm(
+        name=name,
+        world_name="pusht",
+        task=task or "pusht",
+        world=world,
+        embodiment=PUSHT_ARM,
+        measure=lambda: world.position,
+        view=world.browser_view,
+    )
+
+
+WORLDS: dict[str, Callable[[str, str], Arm]] = {
+    "metaworld": _open_metaworld,
+    "pusht": _open_pusht,
+}

@@ -1,0 +1,401 @@
+"""Control loop: one arm, closed loop over the server, at a fixed rate on absolute deadlines.
+
+Owns ticks, episodes and what is measured about them. Called by `robots.runner` and tests. Knows a world only by its
+protocol and the server only by its `Link`. One thread: the world's renderer belongs to it.
+
+    tick t:  wait for its deadline, taking chunks as they come
+             every `replan_ticks`: render the views, send them as the observation of tick t, go on
+             take the queue's command for t, apply it
+             in what is left of the tick: render a view for people, if one is asked for
+
+A simulated world stands still between ticks, so an episode's clock starts when its first chunk is there: only from then on
+is the arm under control. The world's own rate is another matter: Meta-World's is 80 Hz, so 20 Hz is quarter speed.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from ganglion.client import ReplyError, ReplyTimeoutError
+from ganglion.clock import Clock
+from ganglion.errors import FieldError, GanglionError
+from ganglion.robots.catalog import Arm
+from ganglion.robots.episode import EpisodePlan, EpisodeResult
+from ganglion.robots.link import Answered, Link, Sent
+from ganglion.robots.queue import (
+    ActionQueue,
+    Chunk,
+    Command,
+    Embodiment,
+    Mode,
+    QueueConfig,
+    QueueCounts,
+    Verdict,
+)
+from ganglion.robots.side import MAX_QUEUE_ROWS, VIEW_PX, SideChannel
+
+logger = logging.getLogger(__name__)
+
+RESEND_S = 1.0  # the first observation of an episode, while nothing answers it
+RETRY_S = 0.1
+VIEW_MARGIN_S = 0.004  # of a tick's slack that rendering for people leaves alone
+SEEDS_PER_EPISODE = 1_000
+
+
+class Pace(StrEnum):
+    """How ticks follow each other."""
+
+    REAL_TIME = "real_time"
+    LOCKSTEP = "lockstep"  # the world waits for every chunk; runs as fast as the machine can
+
+
+class OnSafeStop(StrEnum):
+    """Who leaves SAFE_STOP."""
+
+    STAY = "stay"  # nobody here: the run ends
+    RESUME = "resume"  # the loop, once the server answers again; for simulated arms, where nobody can be hurt
+
+
+class SafeStoppedError(GanglionError):
+    """The arm is in SAFE_STOP, and nobody here may leave it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopConfig:
+    """How an arm is controlled."""
+
+    rate_hz: float = 20.0
+    replan_ticks: int = 3
+    max_ticks: int = 500
+    settle_ticks: int = 5  # run on after success
+    pace: Pace = Pace.REAL_TIME
+    delay_ticks: int = 1  # LOCKSTEP: from observation to the first tick that its chunk is used at
+    first_chunk_s: float = 30.0  # an episode without a chunk for so long is an error
+    on_safe_stop: OnSafeStop = OnSafeStop.RESUME
+    queue: QueueConfig = field(default_factory=QueueConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("rate_hz", "replan_ticks", "max_ticks"):
+            if getattr(self, name) <= 0:
+                raise FieldError(name, expected="more than 0", got=str(getattr(self, name)))
+        if self.pace is Pace.LOCKSTEP and not 0 <= self.delay_ticks <= self.replan_ticks:
+            expected = f"0 to replan_ticks ({self.replan_ticks})"
+            raise FieldError("delay_ticks", expected=expected, got=str(self.delay_ticks))
+
+
+class RobotLoop:
+    """One robot's control loop over all its episodes."""
+
+    def __init__(
+        self,
+        link: Link,
+        *,
+        embodiment: Embodiment,
+        clock: Clock,
+        config: LoopConfig,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self._link, self._clock, self._config = link, clock, config
+        self._embodiment, self._should_stop = embodiment, should_stop
+        self._queue = ActionQueue(embodiment, config.queue)
+        self._period_s = 1 / config.rate_hz
+        self._tick = 0
+        self._num_reconnects = 0
+        self._arriving: list[tuple[int, Answered]] = []  # LOCKSTEP: (first tick to use it, chunk)
+        self._side: SideChannel | None = None
+        self._view_cost_s = 0.015
+        self._tick_times: deque[float] = deque(maxlen=max(2, round(config.rate_hz)))
+        self._last_command: Command | None = None
+        self._reply_prompt: str | None = None
+        self._latency_ms: float | None = None
+        self._num_episodes = self._num_successes = 0
+        self._fitting: Arm | None = None  # the served policy is made for it
+
+    @property
+    def counts(self) -> QueueCounts:
+        """Of all episodes."""
+        return self._queue.counts
+
+    @property
+    def mode(self) -> Mode:
+        """What the arm does now."""
+        return self._queue.mode
+
+    def attach(self, side: SideChannel) -> None:
+        """Tell people about it from now on."""
+        self._side = side
+
+    def resume(self) -> None:
+        """Leave SAFE_STOP."""
+        self._queue.resume()
+
+    def run_episode(self, arm: Arm, plan: EpisodePlan) -> EpisodeResult | None:
+        """Run one episode to its end; None when told to stop. Raises what no waiting mends."""
+        if arm.embodiment != self._embodiment:
+            raise FieldError("world", expected="worlds of one kind of arm a robot", got=arm.name)
+        prompt = plan.prompt if plan.prompt is not None else arm.world.prompt
+        result = EpisodeResult(
+            robot_id=self._link.robot_id,
+            world=arm.name,
+            task=arm.task,
+            seed=plan.seed,
+            prompt=prompt,
+        )
+        before, num_reconnects = asdict(self._queue.counts), self._num_reconnects
+        arm.world.reset(plan.seed)
+        if self._fitting is not arm:
+            check_policy_fits(self._link.metadata, arm)
+            self._fitting = arm
+        self._restart()
+        wait_start_s = self._clock.now_s()
+        if not self._await_first_chunk(arm, result):
+            return None
+        start_s = self._clock.now_s()
+        result.wait_ms = round((start_s - wait_start_s) * 1e3, 3)
+        if not self._run_ticks(arm, result, start_s):
+            return None
+        result.run_s = round(self._clock.now_s() - start_s, 6)
+        self._finish(result, before, num_reconnects)
+        return result
+
+    def _restart(self) -> None:
+        if self._queue.mode is Mode.SAFE_STOP:
+            if self._config.on_safe_stop is OnSafeStop.STAY:
+                raise SafeStoppedError(
+                    f"arm {self._link.robot_id} is in SAFE_STOP: no fresh chunk for "
+                    f"{self._config.queue.safe_stop_s * 1e3:.0f} ms",
+                    next_step="find out why the server was silent, then resume()",
+                )
+            self._queue.resume()
+        self._queue.restart()
+        self._arriving.clear()
+        try:
+            self._link.reset()
+        except GanglionError as error:  # an old context costs nothing but pages
+            logger.info("robot %s: reset: %s", self._link.robot_id, error)
+
+    def _await_first_chunk(self, arm: Arm, result: EpisodeResult) -> bool:
+        """Ask until the first chunk is in the queue; false when told to stop."""
+        real_s = self._link.clock.now_s
+        end_s = real_s() + self._config.first_chunk_s
+        send_s = 0.0
+        while self._queue.mode is not Mode.RUN:
+            now_s = real_s()
+            if self._should_stop():
+                return False
+            if now_s > end_s:
+                raise ReplyTimeoutError(
+                    f"no chunk for {arm.name} within {self._config.first_chunk_s:g} s"
+                    f" (errors: {result.errors or 'none'})",
+                    next_step="see the server's log; `ganglion doctor` checks this machine",
+                )
+            if now_s >= send_s:
+                is_sent = self._send_observation(arm, result)
+                send_s = now_s + (RESEND_S if is_sent else RETRY_S)
+            answer = self._link.poll(min(RETRY_S, max(0.0, send_s - now_s)))
+            if isinstance(answer, ReplyError):
+                send_s = real_s() + RETRY_S
+            self._take(answer, result)
+            self._report(arm, result)
+        return True
+
+    def _run_ticks(self, arm: Arm, result: EpisodeResult, start_s: float) -> bool:
+        config, world = self._config, arm.world
+        for index in range(config.max_ticks):
+            deadline_s = start_s + index * self._period_s
+            self._wait_until(deadline_s, result)
+            late_s = self._clock.now_s() - deadline_s
+            result.add_sample("lateness", late_s * 1e3)
+            num_overruns = int(late_s / self._period_s)
+            if num_overruns:  # this process was held up: the world stood still meanwhile
+                start_s += num_overruns * self._period_s
+                self._queue.count_overrun(num_overruns)
+                result.num_overruns += num_overruns
+            if self._should_stop():
+                return False
+            if index % config.replan_ticks == min(1, config.replan_ticks - 1) and index > 0:
+                self._send_observation(arm, result)
+            self._take_arrived(result)
+            measured = None if arm.measure is None else arm.measure()
+            command = self._queue.step(self._tick, now_s=self._clock.now_s(), measured=measured)
+            world.apply(command.action)
+            self._tick += 1
+            self._note(command, result)
+            if world.success and result.success_tick is None:
+                result.success_tick, result.is_success = index + 1, True
+            self._report(arm, result)
+            self._show(arm, start_s + (index + 1) * self._period_s)
+            if result.success_tick is not None and index + 1 >= (
+                result.success_tick + config.settle_ticks
+            ):
+                break
+        return True
+
+    # --- observations out, chunks in ---------------------------------------------------------------------------
+
+    def _send_observation(self, arm: Arm, result: EpisodeResult) -> bool:
+        obs_s, obs_ns = self._clock.now_s(), self._clock.now_ns()
+        views = arm.world.observe()
+        result.add_sample("render", (self._clock.now_s() - obs_s) * 1e3)
+        is_sent = self._link.send(
+            views,
+            sent=Sent(tick=self._tick, obs_s=obs_s),
+            prompt=result.prompt,
+            obs_time_ns=obs_ns,
+            control_hz=self._config.rate_hz,
+            deadline_ms=self._config.queue.miss_age_s * 1e3,
+            seed=result.seed * SEEDS_PER_EPISODE + result.num_ticks % SEEDS_PER_EPISODE,
+        )
+        if self._config.pace is Pace.LOCKSTEP and self._queue.mode is not Mode.IDLE:
+            self._await_answer(result)
+        return is_sent
+
+    def _wait_until(self, deadline_s: float, result: EpisodeResult) -> None:
+        if self._config.pace is Pace.LOCKSTEP:
+            self._clock.sleep_until(deadline_s)
+            return
+        while (left_s := deadline_s - self._clock.now_s()) > 0:
+            self._take(self._link.poll(left_s), result)
+
+    def _take_arrived(self, result: EpisodeResult) -> None:
+        if self._config.pace is Pace.LOCKSTEP:
+            while self._arriving and self._arriving[0][0] <= self._tick:
+                self._offer(self._arriving.pop(0)[1], result)
+            return
+        while (answer := self._link.poll(0.0)) is not None:
+            self._take(answer, result)
+
+    def _await_answer(self, result: EpisodeResult) -> None:
+        """LOCKSTEP: the world waits here for the answer to what was just sent, or for the connection to come back."""
+        end_s = self._link.clock.now_s() + self._config.first_chunk_s
+        while not self._should_stop():
+            answer = self._link.poll(RETRY_S)
+            if isinstance(answer, ReplyError):
+                self._take(answer, result)
+                return
+            if answer is not None:
+                self._arriving.append((answer.sent.tick + self._config.delay_ticks, answer))
+                return
+            if self._link.clock.now_s() > end_s:
+                raise ReplyTimeoutError(
+                    f"no chunk within {self._config.first_chunk_s:g} s",
+                    next_step="see the server's log",
+                )
+            if self._link.num_in_flight == 0 and self._link.is_connected:
+                return  # lost with its connection: the next observation asks again
+
+    def _take(self, answer: Answered | ReplyError | None, result: EpisodeResult) -> None:
+        if self._link.num_reconnects != self._num_reconnects:
+            self._num_reconnects = self._link.num_reconnects
+            self._queue.fence()  # the first chunk from here on rests on a new observation
+        if isinstance(answer, ReplyError):
+            result.add_error(answer.code.value)
+            logger.info("robot %s: %s", self._link.robot_id, answer)
+        elif answer is not None:
+            self._offer(answer, result)
+
+    def _offer(self, answer: Answered, result: EpisodeResult) -> None:
+        reply, sent = answer.reply, answer.sent
+        result.num_chunks += 1
+        self._latency_ms, self._reply_prompt = reply.round_trip_ms, reply.prompt
+        result.add_sample("round_trip", reply.round_trip_ms)
+        result.add_sample("server", reply.server_ms)
+        for stage in ("queue", "perceive", "generate", "wait", "infer"):
+            result.add_sample(stage, getattr(reply.timing, f"{stage}_ms"))
+        if self._queue.mode is Mode.SAFE_STOP and self._config.on_safe_stop is OnSafeStop.RESUME:
+            self._queue.resume()
+        verdict = self._queue.offer(
+            Chunk(
+                actions=reply.actions,
+                obs_tick=sent.tick,
+                obs_s=sent.obs_s,
+                version=reply.model_version,
+            ),
+            now_s=self._clock.now_s(),
+        )
+        if verdict is Verdict.REFUSED:
+            logger.warning("robot %s: refused chunk %d", self._link.robot_id, reply.seq)
+
+    # --- what people and results see ---------------------------------------------------------------------------
+
+    def _note(self, command: Command, result: EpisodeResult) -> None:
+        self._last_command = command
+        self._tick_times.append(self._clock.now_s())
+        result.num_ticks += 1
+        if command.age_s is not None:
+            result.ages_ms.append(round(command.age_s * 1e3, 3))
+
+    def _finish(self, result: EpisodeResult, before: dict[str, int], num_reconnects: int) -> None:
+        after = self._queue.counts
+        result.num_ticks = after.ticks - before["ticks"]
+        result.num_misses = after.misses - before["misses"]
+        result.num_holds = after.holds - before["holds"]
+        result.num_refused = after.refused - before["refused"]
+        result.num_late = after.late - before["late"]
+        result.num_safe_stops = after.safe_stops - before["safe_stops"]
+        result.num_reconnects = self._num_reconnects - num_reconnects
+        self._num_episodes += 1
+        self._num_successes += result.is_success
+
+    def _rate_hz(self) -> float:
+        times = self._tick_times
+        if len(times) < 2 or times[-1] == times[0]:
+            return 0.0
+        return (len(times) - 1) / (times[-1] - times[0])
+
+    def _report(self, arm: Arm, result: EpisodeResult) -> None:
+        if self._side is None or not self._side.wants_telemetry():
+            return
+        command, counts = self._last_command, self._queue.counts
+        age_s = None if command is None else command.age_s
+        self._side.offer_telemetry(
+            {
+                "tick": self._tick,
+                "queue": self._queue.slots()[:MAX_QUEUE_ROWS].tolist(),
+                "rate_hz": self._rate_hz(),
+                "obs_age_ms": None if age_s is None else age_s * 1e3,
+                "num_misses": counts.misses,
+                "num_holds": counts.holds,
+                "episode": self._num_episodes,
+                "num_episodes": self._num_episodes,
+                "num_successes": self._num_successes,
+                "is_success": result.is_success,
+                "task": arm.task,
+                "prompt": result.prompt,
+                "reply_prompt": self._reply_prompt,
+                "latency_ms": self._latency_ms,
+            }
+        )
+
+    def _show(self, arm: Arm, deadline_s: float) -> None:
+        """Render for people, only when it fits into what is left of this tick."""
+        if self._side is None or arm.view is None or not self._side.wants_view():
+            return
+        start_s = self._clock.now_s()
+        if deadline_s - start_s < self._view_cost_s + VIEW_MARGIN_S:
+            self._view_cost_s *= 0.99  # one slow view must not end them all
+            return
+        self._side.offer_view(arm.view(VIEW_PX))
+        self._view_cost_s += 0.2 * (self._clock.now_s() - start_s - self._view_cost_s)
+
+
+def check_policy_fits(metadata: Mapping[str, Any], arm: Arm) -> None:
+    """Raises FieldError when the served policy takes other views or gives other actions than this arm's."""
+    seen = {key: list(value.shape) for key, value in arm.world.observe().items()}
+    wanted = {**metadata.get("views", {}), **metadata.get("state", {})}
+    for key, shape in wanted.items():
+        if seen.get(key) != list(shape):
+            raise FieldError(
+                key,
+                expected=f"{list(shape)} by policy {metadata.get('policy')!r}",
+                got=f"{seen.get(key, 'nothing')} from {arm.name}",
+                next_step="serve a policy that was made for this world",
+            )
+    dim = len(arm.embodiment.action_low)
+    if metadata.get("action_dim") != dim:
+        raise FieldError(
+            "action_dim", expected=f"{dim} for {arm.name}", got=str(metadata.get("action_dim"))
+        )
