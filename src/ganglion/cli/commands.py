@@ -281,7 +281,12 @@ RUN = Command(
                     help="episodes of each robot (default: %(default)s)",
                 ),
                 RATE,
-                SEED,
+                Flag(
+                    name="--seed",
+                    kind=int,
+                    default=30_000,
+                    help="seed of the first episode (default: %(default)s; training used 0 to 9999)",
+                ),
                 Flag(
                     name="--prompt", metavar="TEXT", help="instruction in place of the task's own"
                 ),

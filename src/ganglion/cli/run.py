@@ -1,0 +1,52 @@
+"""`ganglion run`: simulated robots against a server that runs already, on this machine or another."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from ganglion.cli.settings import read_key
+from ganglion.cli.tally import Tally, by_task, episode_line
+from ganglion.errors import FieldError
+from ganglion.robots.episode import EpisodeResult
+from ganglion.robots.fleet import FleetConfig, own_episodes, run_fleet
+from ganglion.robots.loop import LoopConfig
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the episodes; 1 when a robot failed, whatever the tasks' success."""
+    if args.episodes < 1:
+        raise FieldError("--episodes", expected="at least 1", got=str(args.episodes))
+    plans = own_episodes(
+        [[world] for world in args.world],
+        first_seed=args.seed,
+        num_episodes=args.episodes,
+        prompt=args.prompt,
+    )
+    names = [world.partition(":")[2] or world for world in args.world]
+    config = FleetConfig(
+        url=args.url,
+        robots=tuple(f"{name}-{os.getpid()}-{at + 1}" for at, name in enumerate(names)),
+        api_key=read_key(args.api_key_file),
+        loop=LoopConfig(rate_hz=args.rate),
+        has_side_channel=True,
+    )
+
+    def on_result(result: EpisodeResult) -> None:
+        print(episode_line(result), flush=True)
+
+    result = run_fleet(config, plans, on_result=on_result)
+    tally = Tally.of(result)
+    print(tally.line())
+    for failure in tally.failures:
+        print(failure, file=sys.stderr)
+    if args.json:
+        document = {
+            **tally.to_json(),
+            "rate_hz": args.rate,
+            "tasks": by_task(result.episodes),
+            "episodes": [episode.to_json() for episode in result.episodes],
+        }
+        Path(args.json).write_text(json.dumps(document) + "\n")
+    return 1 if tally.failures else 0
