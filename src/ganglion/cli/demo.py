@@ -12,7 +12,7 @@ from pathlib import Path
 from ganglion.cli.progress import LiveLine, Stages
 from ganglion.cli.server import Served, serving, stop_signal
 from ganglion.cli.settings import resolve
-from ganglion.cli.tally import Tally, by_task, episode_line, modes
+from ganglion.cli.tally import Tally, by_task, episode_line, modes, report_failures
 from ganglion.clock import Clock, RealClock
 from ganglion.config import DemoConfig
 from ganglion.errors import GanglionError
@@ -58,8 +58,7 @@ def run(args: argparse.Namespace) -> int:
     tally = Tally.of(result)
     seconds_to_first_action = None if first_action_s is None else round(first_action_s - start_s, 2)
     print(f"{len(worlds)} arms: {tally.line()}")
-    for failure in tally.failures:
-        print(f"  {failure}", file=sys.stderr)
+    report_failures(tally)
     if args.json:
         document = {
             "seconds_to_first_action": seconds_to_first_action,

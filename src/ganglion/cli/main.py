@@ -127,6 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=getattr(args, "log_level", "warning").upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    if getattr(args, "log_level", "warning") == "warning":
+        # its warnings are the failures that demo and run print at their end
+        logging.getLogger("ganglion.robots.fleet").setLevel(logging.ERROR)
     module_name, _, function_name = command.target.partition(":")
     try:
         if getattr(args, "explain", False):

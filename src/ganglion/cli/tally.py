@@ -1,5 +1,6 @@
 """Tally: what a fleet of robots did, in one line, in a few lines, and as JSON. Called by demo and run."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -70,6 +71,13 @@ class Tally:
             "latency_p50_ms": self.latency_p50_ms,
             "failures": list(self.failures),
         }
+
+
+def report_failures(tally: Tally) -> None:
+    """Robots that ended before their time, each with why and the next step."""
+    for failure in tally.failures:
+        what, _, advice = failure.partition("; next: ")
+        print(what + (f"\n  next: {advice}" if advice else ""), file=sys.stderr)
 
 
 def episode_line(result: EpisodeResult) -> str:
