@@ -6,7 +6,7 @@ from before the observation is packed until the reply is unpacked.
 """
 
 import multiprocessing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -20,11 +20,14 @@ from ganglion.bench.baselines.openpi import OpenpiServer
 from ganglion.bench.result import BenchResult, Plot, percentiles
 from ganglion.client import Client
 from ganglion.clock import RealClock
-from ganglion.config import ServeConfig
+from ganglion.config import EngineConfig, MemoryConfig, ServeConfig
 from ganglion.errors import InternalError
+from ganglion.models.policies.plain import PlainModel
+from ganglion.pipeline.local import LocalService
 from ganglion.serve.app import Server
 from ganglion.serve.app import run as run_server
-from ganglion.serve.fake import FakeService, fake_spec
+from ganglion.serve.fake import fake_spec
+from ganglion.types import Float32Array, Observation
 
 VIEW_SIZE = 128
 NUM_ROUNDS, NUM_REQUESTS = 40, 250
@@ -98,7 +101,7 @@ def _result(
         },
         detail={
             "baseline": "openpi's websocket server loop, reimplemented in bench/baselines/openpi.py",
-            "policy": "does nothing; ours runs in a thread behind Service, openpi's inside its coroutine",
+            "policy": "does nothing; ours runs behind sessions, scheduler and pages, openpi's inside its coroutine",
             "frame_bytes": len(wire.encode(observation)),
             "num_rounds": len(ours),
             "round_ratio_p10_p90": [float(np.percentile(ratios, q)) for q in (10, 90)],
@@ -150,10 +153,8 @@ def _ask(peer: ClientConnection, encoder: wire.Encoder, observation: Mapping[str
     peer.send(encoder.encode(observation))
     reply = wire.decode(peer.recv(timeout=REPLY_TIMEOUT_S, decode=False))
     round_trip_ms = (clock.now_ns() - start_ns) * 1e-6
-    if "timing" in reply:  # ours: queue and hand-over to the service are overhead, not model
-        model_ms = reply["timing"]["perceive_ms"] + reply["timing"]["generate_ms"]
-    else:
-        model_ms = reply["server_timing"]["infer_ms"]
+    # ours: sessions, scheduler, pages and hand-overs are overhead, and a policy that does nothing takes no time
+    model_ms = 0.0 if "timing" in reply else reply["server_timing"]["infer_ms"]
     return Asked(round_trip_ms, model_ms)
 
 
@@ -187,8 +188,21 @@ def _serve_ours(port_to: Connection) -> None:
     def tell(server: Server) -> None:
         port_to.send(server.port)
 
-    with FakeService(fake_spec(size=VIEW_SIZE)) as service:
+    with LocalService(
+        PlainModel(_NoPolicy()), engine=EngineConfig(), memory=MemoryConfig()
+    ) as service:
         run_server(service, config=ServeConfig(port=0), on_bound=tell)
+
+
+class _NoPolicy:
+    """Answers zeros at once; the engine, its sessions and its pages are the real ones."""
+
+    def __init__(self) -> None:
+        self.spec = fake_spec(size=VIEW_SIZE)
+        self._actions = np.zeros((1, self.spec.horizon, self.spec.action_dim), np.float32)
+
+    def __call__(self, observations: Sequence[Observation]) -> Float32Array:
+        return np.repeat(self._actions, len(observations), axis=0)
 
 
 def _serve_openpi(port_to: Connection) -> None:
