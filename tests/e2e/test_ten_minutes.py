@@ -73,9 +73,8 @@ def test_minute_0_the_demo_moves_arms(tmp_path: Path) -> None:
 def test_minute_2_the_doctor_says_what_works(tmp_path: Path) -> None:
     done = ganglion("doctor", "--json", str(tmp_path / "doctor.json"), timeout_s=120)
     findings = {item["topic"]: item for item in json.loads((tmp_path / "doctor.json").read_text())}
-    assert {"cpu", "memory", "versions", "cpu kernels", "cuda", "rendering", "policy"} <= set(
-        findings
-    )
+    assert {"cpu", "memory", "versions", "cpu kernels", "cuda", "op check"} <= set(findings)
+    assert {"rendering", "policy", "port"} <= set(findings)
     assert findings["policy"]["verdict"] == "on", done.stdout
     broken = [item for item in findings.values() if item["verdict"] == "BROKEN"]
     assert all(item["fix"] for item in broken), broken

@@ -23,7 +23,8 @@ from ganglion.errors import GanglionError
 def result(**metrics: float) -> BenchResult:
     return BenchResult(
         name="wire",
-        metrics=metrics or {"overhead_p50_ms": 0.4, "overhead_p99_ms": 4.5, "baseline_p50_ms": 0.8},
+        metrics=metrics
+        or {"overhead_p50_ms": 0.4, "overhead_p99_ms": 4.5, "openpi_overhead_p50_ms": 0.8},
         detail={"samples": np.arange(3), "note": "measured beside a training run"},
         n=np.int64(2000),
         seed=7,

@@ -83,7 +83,7 @@ CLAIMS: tuple[Claim, ...] = (
         bar=1.0,
         is_lower_better=True,
         unit="ms",
-        baseline="baseline_p50_ms",
+        baseline="openpi_overhead_p50_ms",
     ),
     Claim(
         bench="wire",
@@ -92,7 +92,7 @@ CLAIMS: tuple[Claim, ...] = (
         bar=3.0,
         is_lower_better=True,
         unit="ms",
-        baseline="baseline_p99_ms",
+        baseline="openpi_overhead_p99_ms",
     ),
     Claim(
         bench="fleet",

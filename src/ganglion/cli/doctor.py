@@ -75,7 +75,7 @@ def examine() -> list[Finding]:
     """Every check, cheapest first; a check that fails by itself is a finding too."""
     findings: list[Finding] = []
     checks: tuple[Callable[[], list[Finding]], ...] = (
-        machine, versions, backends, rendering, policy, port,
+        machine, versions, backends, operations, rendering, policy, port,
     )  # fmt: skip
     for check in checks:
         try:
@@ -142,13 +142,12 @@ def backends() -> list[Finding]:
     """Which devices and kernels compute here, and why the others do not."""
     import torch
 
-    found = [
-        Finding(
-            topic="cpu kernels",
-            verdict=Verdict.ON,
-            text=f"torch {torch.__version__}, reference in plain torch",
-        )
-    ]
+    from ganglion.kernels.cpu import why_not_packed
+
+    reason = why_not_packed(torch.bfloat16)
+    text = f"torch {torch.__version__}: fused attention, weights "
+    text += f"not laid out ahead ({reason})" if reason else "laid out ahead in bfloat16"
+    found = [Finding(topic="cpu kernels", verdict=Verdict.ON, text=text)]
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())]
         text = f"torch sees {', '.join(names)}, but this version computes on the CPU only"
@@ -158,6 +157,30 @@ def backends() -> list[Finding]:
         text = f"torch was built for CUDA {torch.version.cuda}, but sees no GPU"
     found.append(Finding(topic="cuda", verdict=Verdict.OFF, text=text))
     return found
+
+
+def operations() -> list[Finding]:
+    """Every op of the CPU backend against the reference, within the contract's tolerance."""
+    from ganglion.kernels import cpu
+    from ganglion.kernels.check import check
+
+    rows = check(cpu.backend())
+    ops = sorted({row.op for row in rows})
+    wrong = [row for row in rows if not row.is_ok]
+    if not wrong:
+        worst = max(rows, key=lambda row: row.error)
+        text = f"{len(rows)} cases of {', '.join(ops)} agree with the reference; largest error "
+        text += f"{worst.error:.1g} ({worst.op}, {worst.dtype}; allowed {worst.tolerance:.1g})"
+        return [Finding(topic="op check", verdict=Verdict.ON, text=text)]
+    return [
+        Finding(
+            topic="op check",
+            verdict=Verdict.BROKEN,
+            text=f"{row.op} {row.dtype} {row.shape}: error {row.error:.2g}, allowed {row.tolerance:.2g}",
+            fix="pip install the torch version of constraints.txt; if it stays, open an issue with this report",
+        )
+        for row in wrong
+    ]
 
 
 def rendering() -> list[Finding]:
