@@ -74,6 +74,7 @@ class RobotStatus:
     """One robot of the fleet, now. `counts`: its queue's, over all its episodes."""
 
     robot_id: str
+    pid: int
     is_alive: bool
     mode: str = ""
     task: str = ""
@@ -273,7 +274,6 @@ class _Robot:
 
     def __init__(self, robot_id: str, index: int, config: RunnerConfig, fleet: Fleet) -> None:
         self.robot_id, self._index, self._fleet = robot_id, index, fleet
-        self.status = RobotStatus(robot_id=robot_id, is_alive=True)
         self._complaints: deque[str] = deque(maxlen=MAX_STDERR_LINES)
         self._is_finished = False
         self.process = subprocess.Popen(
@@ -285,6 +285,7 @@ class _Robot:
             env=os.environ | SINGLE_THREADED,
             start_new_session=True,  # Ctrl-C is for the fleet, which ends its robots in order
         )
+        self.status = RobotStatus(robot_id=robot_id, pid=self.process.pid, is_alive=True)
         self._send(config.to_json())
         self._listener = threading.Thread(target=self._keep_complaints, daemon=True)
         self._listener.start()

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 RESEND_S = 1.0  # the first observation of an episode, while nothing answers it
 RETRY_S = 0.1
+MIN_WAIT_S = 1e-6  # a clock of whole nanoseconds may never reach a deadline exactly
 VIEW_MARGIN_S = 0.004  # of a tick's slack that rendering for people leaves alone
 SEEDS_PER_EPISODE = 1_000
 
@@ -188,8 +189,9 @@ class RobotLoop:
                 return False
             if now_s > end_s:
                 raise ReplyTimeoutError(
-                    f"no chunk for {arm.name} within {self._config.first_chunk_s:g} s"
-                    f" (errors: {result.errors or 'none'})",
+                    f"no usable chunk for {arm.name} within {self._config.first_chunk_s:g} s: "
+                    f"{len(result.errors)} kinds of errors {result.errors}, "
+                    f"{result.num_chunks} chunks that came late or were refused",
                     next_step="see the server's log; `ganglion doctor` checks this machine",
                 )
             if now_s >= send_s:
@@ -257,7 +259,7 @@ class RobotLoop:
         if self._config.pace is Pace.LOCKSTEP:
             self._clock.sleep_until(deadline_s)
             return
-        while (left_s := deadline_s - self._clock.now_s()) > 0:
+        while (left_s := deadline_s - self._clock.now_s()) > MIN_WAIT_S:
             self._take(self._link.poll(left_s), result)
 
     def _take_arrived(self, result: EpisodeResult) -> None:

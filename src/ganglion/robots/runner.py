@@ -78,6 +78,7 @@ class Runner:
                 result = self._run_plan(plan, link)
                 if result is None:
                     break
+                self._say_status()
                 self._say("result", result.to_json())
         finally:
             self._is_done.set()
@@ -139,10 +140,13 @@ class Runner:
 
     def _send_statuses(self) -> None:
         while not self._is_done.wait(STATUS_S):
-            loop, arm = self._loop, self._arm
-            if loop is not None and arm is not None:
-                body = {"mode": loop.mode.value, "task": arm.task, **asdict(loop.counts)}
-                self._say("status", body)
+            self._say_status()
+
+    def _say_status(self) -> None:
+        loop, arm = self._loop, self._arm
+        if loop is not None and arm is not None:
+            body = {"mode": loop.mode.value, "task": arm.task, **asdict(loop.counts)}
+            self._say("status", body)
 
     def _say(self, kind: str, body: dict[str, Any]) -> None:
         with self._out_lock:
