@@ -161,14 +161,18 @@ def _collect_shard(order: tuple[CollectConfig, ShardPlan, str]) -> _ShardCounts:
             rows += [{**row, "episode": number} for row in episode]
     finally:
         world.close()
+    write_shard(Path(data_dir) / plan.file_name, rows)
+    totals = np.array([len(plan.seeds), num_failed, len(rows)])
+    return _ShardCounts(file_name=plan.file_name, totals=totals)
+
+
+def write_shard(target: Path, rows: list[dict[str, Any]]) -> None:
+    """Write samples as one file that is there completely or not at all."""
     samples = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    target = Path(data_dir) / plan.file_name
     partial = target.with_suffix(f".{os.getpid()}.partial")
     with partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **samples)
     partial.rename(target)
-    totals = np.array([len(plan.seeds), num_failed, len(rows)])
-    return _ShardCounts(file_name=plan.file_name, totals=totals)
 
 
 class Expert:
@@ -214,7 +218,7 @@ def record_episode(
     """
     if _run_episode(world, expert, config, seed, dict) is None:
         return None
-    return _run_episode(world, expert, config, seed, lambda: _sample(world, expert))
+    return _run_episode(world, expert, config, seed, lambda: sample(world, expert))
 
 
 def _run_episode(
@@ -248,7 +252,7 @@ def _run_episode(
     return None
 
 
-def _sample(world: MetaWorld, expert: Expert) -> dict[str, Any]:
+def sample(world: MetaWorld, expert: Expert) -> dict[str, Any]:
     views = world.observe()
     return {
         "corner": views[CORNER_KEY],

@@ -34,7 +34,7 @@ MODEL = FlowConfig(vocab_size=96)  # what the shipped policy is
 class FitConfig:
     """One training run."""
 
-    num_steps: int = 5000
+    num_steps: int = 6000
     batch_size: int = 64
     num_draws: int = 2  # noise draws per encoded observation: the expert is cheap beside perception
     learning_rate: float = 8e-4
@@ -44,7 +44,7 @@ class FitConfig:
     max_gradient_norm: float = 1.0
     ema_decay: float = 0.998
     prefix_share: float = 0.5
-    target_loss_weight: float = 0.3
+    target_loss_weight: float = 0.5
     num_steps_per_state: int = 250
     num_threads: int = 1
     seed: int = 0
@@ -73,14 +73,14 @@ class FitResult:
 
 
 class _Trainee(nn.Module):
-    """The policy and a head that only training uses: it makes the trunk say where object and goal are."""
+    """The policy and a head that only training uses: it makes the trunk say where the object is, seen from the hand."""
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
         self.policy = FlowPolicy(config)
         self.target_head = nn.Linear((config.num_views + 1) * config.trunk_width, 6)
 
-    def losses(self, batch: Batch, token_ids: Tensor, draw: "_Draw") -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch, token_ids: Tensor, draw: "Draw") -> tuple[Tensor, Tensor]:
         policy, config = self.policy, self.policy.config
         dtype, rows = policy.dtype, len(batch.state)
         text_kv = policy.prefill_text(token_ids)[torch.from_numpy(batch.prompt_index)]
@@ -104,23 +104,24 @@ class _Trainee(nn.Module):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Draw:
+class Draw:
     """Noise [row, horizon, action] and flow time [row, horizon] of one step; committed tokens stand at time 1."""
 
     noise: Tensor
     tau: Tensor
 
-    @classmethod
-    def of_step(cls, config: FitConfig, model: FlowConfig, *, step: int, num_rows: int) -> "_Draw":
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        noise = torch.randn(num_rows, model.horizon, model.action_dim, generator=generator)
-        # dense near the noise, where the choice between futures is made (as pi0's beta distribution)
-        tau = 1.0 - torch.rand(num_rows, 1, generator=generator) ** (1 / 1.5)
-        tau = tau.clamp(max=0.999).expand(-1, model.horizon)
-        length = torch.randint(1, model.max_prefix + 1, (num_rows, 1), generator=generator)
-        has_prefix = torch.rand(num_rows, 1, generator=generator) < config.prefix_share
-        is_committed = has_prefix & (torch.arange(model.horizon)[None] < length)
-        return cls(noise=noise, tau=torch.where(is_committed, 1.0, tau))
+
+def draw_of_step(config: FitConfig, model: FlowConfig, *, step: int, num_rows: int) -> Draw:
+    """The noise of one step, from the seed and the step alone."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    noise = torch.randn(num_rows, model.horizon, model.action_dim, generator=generator)
+    # dense near the noise, where the choice between futures is made (as pi0's beta distribution)
+    tau = 1.0 - torch.rand(num_rows, 1, generator=generator) ** (1 / 1.5)
+    tau = tau.clamp(max=0.999).expand(-1, model.horizon)
+    length = torch.randint(1, model.max_prefix + 1, (num_rows, 1), generator=generator)
+    has_prefix = torch.rand(num_rows, 1, generator=generator) < config.prefix_share
+    is_committed = has_prefix & (torch.arange(model.horizon)[None] < length)
+    return Draw(noise=noise, tau=torch.where(is_committed, 1.0, tau))
 
 
 def fit(
@@ -152,9 +153,7 @@ def fit(
         batch = dataset.batch(
             step=step, batch_size=config.batch_size, seed=config.seed, augment=config.augment
         )
-        draw = _Draw.of_step(
-            config, model, step=step, num_rows=config.batch_size * config.num_draws
-        )
+        draw = draw_of_step(config, model, step=step, num_rows=config.batch_size * config.num_draws)
         token_ids = _with_unknown_words(token_table, config, step=step)
         flow_loss, target_loss = trainee.losses(batch, token_ids, draw)
         torch.autograd.backward(flow_loss + config.target_loss_weight * target_loss)
