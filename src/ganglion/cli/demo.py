@@ -12,7 +12,7 @@ from pathlib import Path
 from ganglion.cli.progress import LiveLine, Stages
 from ganglion.cli.server import Served, serving, stop_signal
 from ganglion.cli.settings import resolve
-from ganglion.cli.tally import Tally, by_task, episode_line, modes, report_failures
+from ganglion.cli.tally import Tally, by_task, counted, episode_line, modes, report_failures
 from ganglion.clock import Clock, RealClock
 from ganglion.config import DemoConfig
 from ganglion.errors import GanglionError
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             result = fleet.result()
     tally = Tally.of(result)
     seconds_to_first_action = None if first_action_s is None else round(first_action_s - start_s, 2)
-    print(f"{len(worlds)} arms: {tally.line()}")
+    print(f"{counted(len(worlds), 'arm')}: {tally.line()}")
     report_failures(tally)
     if args.json:
         document = {
@@ -89,7 +89,7 @@ def announce(served: Served, config: DemoConfig, *, is_headless: bool) -> None:
     """The address, before anything moves."""
     print(f"dashboard  {served.edge.url}/", flush=True)
     print(
-        f"{config.num_arms} arms at {config.rate_hz:g} Hz (Meta-World's own rate is 80 Hz: "
+        f"{counted(config.num_arms, 'arm')} at {config.rate_hz:g} Hz (Meta-World's own rate is 80 Hz: "
         f"{config.rate_hz / 80:.0%} of its speed)" + ("" if is_headless else "; Ctrl-C stops"),
         flush=True,
     )

@@ -1,5 +1,6 @@
 """Progress: what a command is doing, on stderr: a line a stage, and one live line. Called by the commands."""
 
+import shutil
 import sys
 
 from ganglion.clock import Clock
@@ -34,6 +35,9 @@ class LiveLine:
     def show(self, text: str) -> None:
         """Replace the line."""
         if self._is_terminal:
+            text = text[
+                : shutil.get_terminal_size().columns - 1
+            ]  # a wrapped line cannot be written over
             print(f"\r{text:<{self._width}}", end="", file=sys.stderr, flush=True)
             self._width = len(text)
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ganglion.cli.settings import read_key
-from ganglion.cli.tally import Tally, by_task, episode_line, report_failures
+from ganglion.cli.tally import Tally, by_task, counted, episode_line, report_failures
 from ganglion.errors import FieldError
 from ganglion.robots.episode import EpisodeResult
 from ganglion.robots.fleet import FleetConfig, own_episodes, run_fleet
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     def on_result(result: EpisodeResult) -> None:
         print(episode_line(result), flush=True)
 
-    print(f"{len(names)} robots at {args.rate:g} Hz for {args.url}", file=sys.stderr)
+    print(f"{counted(len(names), 'robot')} at {args.rate:g} Hz for {args.url}", file=sys.stderr)
     result = run_fleet(config, plans, on_result=on_result)
     tally = Tally.of(result)
     if tally.num_ticks:

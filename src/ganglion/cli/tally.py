@@ -56,7 +56,7 @@ class Tally:
         )
         return (
             f"{self.num_ticks:,} ticks, {self.miss_rate:.1%} missed, "
-            f"{self.num_successes} of {self.num_episodes} episodes solved{latency}"
+            f"{self.num_successes} of {counted(self.num_episodes, 'episode')} solved{latency}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -71,6 +71,11 @@ class Tally:
             "latency_p50_ms": self.latency_p50_ms,
             "failures": list(self.failures),
         }
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 arm`, `4 arms`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def report_failures(tally: Tally) -> None:
