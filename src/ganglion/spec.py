@@ -72,5 +72,6 @@ class Stage:
     reads: tuple[str, ...]  # names of earlier stages; a denoise stage also reads its own pages
     layout: str
     num_pages: int
+    num_slots: int  # rows of those pages that are in use
     is_shared: bool
     is_divisible: bool  # may a piece advance only some of its units?

@@ -36,6 +36,7 @@ def _stage(name: str, kind: SpanKind, layout: str, **more: object) -> Stage:
         "reads": (),
         "layout": layout,
         "num_pages": 1,
+        "num_slots": 1,
         "is_shared": False,
         "is_divisible": False,
     }

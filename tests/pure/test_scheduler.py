@@ -18,6 +18,7 @@ def stage(name: str, kind: SpanKind, num_units: int, *reads: str, divisible: boo
         reads=reads,
         layout="kv",
         num_pages=1,
+        num_slots=1,
         is_shared=False,
         is_divisible=divisible,
     )

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from ganglion.clock import Clock
-from ganglion.engine.context import PublicContext
 from ganglion.engine.executor import Executor, PieceResult
 from ganglion.engine.scheduler import Scheduler
 from ganglion.engine.work import Piece, PieceOrder, Span, StepPlan, Work, WorkView
 from ganglion.errors import CancelledError, GanglionError, InternalError, OutOfPagesError
 from ganglion.memory.ledger import Ledger
 from ganglion.memory.prefix import page_keys
+from ganglion.memory.table import PageTable, VersionedTable
 from ganglion.models.base import Model
 from ganglion.plan.cost import CostModel
 from ganglion.spec import Stage
@@ -63,7 +63,7 @@ class Engine:
         self._scheduler, self._executor, self._cost = scheduler, executor, cost
         self._clock, self._step_budget_us = clock, step_budget_us
         self._works: dict[RequestId, Work] = {}
-        self._contexts: dict[SessionId, PublicContext] = {}
+        self._contexts: dict[SessionId, VersionedTable] = {}
         self._finished: list[Finished] = []
         self._num_steps = 0
         self.records: deque[StepRecord] = deque(maxlen=num_step_records)
@@ -260,7 +260,7 @@ class Engine:
         span.cursor += order.num_units
         if span.is_done:
             self._ledger.commit(order.stage.layout, span.pages, span.keys or None)
-        if not work.context_version and all(
+        if work.context is None and all(
             other.is_done for other in work.spans.values() if other is not work.last_span
         ):
             self._publish(work)
@@ -268,14 +268,17 @@ class Engine:
     def _publish(self, work: Work) -> None:
         """The work's perception is complete: it becomes the next version of its session's public context."""
         session_id = work.observation.session_id
-        context = self._contexts.setdefault(session_id, PublicContext(self._ledger, session_id))
-        work.context_version = context.publish(
-            tuple(
-                (span.stage.layout, span.pages)
+        context = self._contexts.setdefault(session_id, VersionedTable(self._ledger))
+        context.publish(
+            *(
+                PageTable(
+                    layout=span.stage.layout, pages=span.pages, num_slots=span.stage.num_slots
+                )
                 for span in work.spans.values()
                 if span is not work.last_span
             )
         )
+        work.context = context.acquire()
 
     def _emit(self, works: Sequence[Work]) -> None:
         by_model: dict[str, list[Work]] = {}
@@ -298,11 +301,11 @@ class Engine:
     def _finish(self, work: Work, outcome: Float32Array | GanglionError) -> None:
         del self._works[work.request_id]
         for span in work.spans.values():
-            is_in_context = work.context_version and span is not work.last_span
+            is_in_context = work.context is not None and span is not work.last_span
             if span.pages and not is_in_context:
                 self._ledger.release(span.stage.layout, span.pages)
-        if work.context_version:
-            self._contexts[work.observation.session_id].release(work.context_version)
+        if work.context is not None:
+            self._contexts[work.observation.session_id].release(work.context)
         self._finished.append(Finished(work=work, outcome=outcome))
 
     def _record(self, plan: StepPlan, results: Sequence[PieceResult], start_s: float) -> StepRecord:

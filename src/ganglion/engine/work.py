@@ -7,6 +7,7 @@ frozen. Knows nothing of tensors.
 from dataclasses import dataclass, field
 
 from ganglion.memory.prefix import PageKey
+from ganglion.memory.table import Lease
 from ganglion.spec import Stage
 from ganglion.types import Observation, PageId, RequestId
 
@@ -45,8 +46,13 @@ class Work:
     perceive_us: float = 0.0
     generate_us: float = 0.0
     batch_size: int = 1  # rows of the widest piece that carried it
-    context_version: int = 0
+    context: Lease | None = None  # the version of its session's public context that it reads
     is_cancelled: bool = False
+
+    @property
+    def context_version(self) -> int:
+        """Version of the public context that it reads; 0 before its perception is complete."""
+        return self.context.version if self.context else 0
 
     @property
     def last_span(self) -> Span:

@@ -58,19 +58,17 @@ class FlowModel:
         self.layouts = (kv, feature, state)
         self._view_of_stage = {f"view.{at}": key for at, key in enumerate(config.view_keys)}
         views = tuple(
-            _stage(name, SpanKind.ENCODE, 1, feature, 1, is_shared=True)
+            _stage(name, SpanKind.ENCODE, 1, feature, config.num_view_tokens, is_shared=True)
             for name in self._view_of_stage
         )
         num_text, num_seen = config.num_text_tokens, config.num_observation_tokens
-        text = _stage(
-            "text", SpanKind.PREFILL, num_text, kv, kv.num_pages(num_text), is_shared=True
-        )
+        text = _stage("text", SpanKind.PREFILL, num_text, kv, num_text, is_shared=True)
         observation = _stage(
             "observation",
             SpanKind.PREFILL,
             num_seen,
             kv,
-            kv.num_pages(num_seen),
+            num_seen,
             reads=(*self._view_of_stage, "text"),
         )
         denoise = _stage(
@@ -78,7 +76,7 @@ class FlowModel:
             SpanKind.DENOISE,
             spec.num_flow_steps,
             state,
-            1,
+            config.horizon,
             reads=("text", "observation"),
             is_divisible=True,
         )
@@ -157,7 +155,7 @@ def _stage(
     kind: SpanKind,
     num_units: int,
     layout: PageLayout,
-    num_pages: int,
+    num_slots: int,
     *,
     reads: tuple[str, ...] = (),
     is_shared: bool = False,
@@ -169,7 +167,8 @@ def _stage(
         num_units=num_units,
         reads=reads,
         layout=layout.name,
-        num_pages=num_pages,
+        num_pages=layout.num_pages(num_slots),
+        num_slots=num_slots,
         is_shared=is_shared,
         is_divisible=is_divisible,
     )

@@ -46,6 +46,7 @@ class PlainModel:
                 reads=(),
                 layout="state",
                 num_pages=1,
+                num_slots=1,
                 is_shared=False,
                 is_divisible=False,
             ),
