@@ -7,7 +7,7 @@ were reserved at once, as the engine does, and with tables that grew a few pages
 
 import random
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -17,6 +17,7 @@ import numpy as np
 from ganglion.bench.baselines.plain_pool import PlainPool
 from ganglion.bench.result import BenchResult, Plot, percentiles
 from ganglion.clock import RealClock
+from ganglion.errors import OutOfPagesError
 from ganglion.layout import PageKind, PageLayout, PoolLayout
 from ganglion.memory.ledger import Ledger
 from ganglion.memory.prefix import PageKey, chain
@@ -33,6 +34,8 @@ NUM_QUICK_PAGES = (1_000, 32_000)
 NUM_ROUNDS, NUM_QUICK_ROUNDS = 8, 3
 NUM_SAMPLES = 128  # tables a round, operation and side
 NUM_TRACED_PAGES = 32_000
+NUM_SHARED_LARGE_PAGES, NUM_SHARED_TABLES = 96, 200
+NUM_SHARED_REQUESTS, NUM_QUICK_SHARED_REQUESTS = 30_000, 3_000
 OWNER = "robot"
 
 Table = tuple[PageId, ...]
@@ -107,7 +110,12 @@ def run(*, quick: bool, seed: int) -> BenchResult:
         for placement in PART_PAGES
         for curve in _curves(placement, sizes, num_rounds=num_rounds, seed=seed)
     ]
-    return _result(sizes, curves, seed)
+    num_requests = NUM_QUICK_SHARED_REQUESTS if quick else NUM_SHARED_REQUESTS
+    refused = {
+        "refused_share": _refused_share(num_requests, seed, num_pools=1),
+        "baseline_refused_share": _refused_share(num_requests, seed, num_pools=3),
+    }
+    return _result(sizes, curves, refused, seed)
 
 
 def _curves(
@@ -128,8 +136,10 @@ def _curves(
     return curves
 
 
-def _result(sizes: Sequence[int], curves: Sequence[_Curve], seed: int) -> BenchResult:
-    metrics: dict[str, float] = {}
+def _result(
+    sizes: Sequence[int], curves: Sequence[_Curve], refused: Mapping[str, float], seed: int
+) -> BenchResult:
+    metrics = dict(refused)
     for curve in curves:
         for name in OPERATIONS:
             medians = curve.medians_ns(name)
@@ -148,6 +158,8 @@ def _result(sizes: Sequence[int], curves: Sequence[_Curve], seed: int) -> BenchR
             "flatness_ratio": f"median at {sizes[-1]} pages over median at {sizes[0]} pages",
             "scattered": f"tables that were reserved {PART_PAGES[SCATTERED]} pages at a time, in turns",
             "ledger_bytes_per_page": f"all pages held and keyed, pool of {NUM_TRACED_PAGES} pages",
+            "refused_share": "reservations refused while the mixture of three layouts changes, "
+            "one pool; baseline: a third of the large pages for each layout",
             "pages_per_large_page": _layout().pages_per_large("kv"),
             "percentiles_ns": {
                 f"{curve.side}, {curve.placement}": {
@@ -358,3 +370,34 @@ def _measure_evict_alloc(load: _Load) -> None:
             load.next_sequence += 1
     for table in filler:
         side.release(table)
+
+
+# --- what sharing brings -----------------------------------------------------------------------------------------
+
+
+def _refused_share(num_requests: int, seed: int, *, num_pools: int) -> float:
+    """Tables come and go at random; the layout that most of them are of changes six times."""
+    rng = random.Random(seed)
+    tables = {"kv": (16_384, 17), "feature": (65_536, 4), "state": (4_096, 60)}
+    pool = PoolLayout(
+        large_page_bytes=LARGE_PAGE_BYTES,
+        layouts=tuple(
+            PageLayout(name=name, kind=PageKind.KV, shape=(page_bytes,), dtype="uint8", slots=1)
+            for name, (page_bytes, _) in tables.items()
+        ),
+    )
+    ledgers = [Ledger(pool, NUM_SHARED_LARGE_PAGES // num_pools) for _ in range(num_pools)]
+    of_layout = {name: ledgers[at % num_pools] for at, name in enumerate(tables)}
+    held: list[tuple[str, Table]] = []
+    num_refused = 0
+    for at in range(num_requests):
+        if len(held) >= NUM_SHARED_TABLES:
+            name, pages = held.pop(rng.randrange(len(held)))
+            of_layout[name].release(name, pages)
+        weights = [8 if at * 6 // num_requests % 3 == place else 1 for place in range(3)]
+        (name,) = rng.choices(list(tables), weights)
+        try:
+            held.append((name, of_layout[name].reserve(name, tables[name][1], owner=OWNER)))
+        except OutOfPagesError:
+            num_refused += 1
+    return num_refused / num_requests

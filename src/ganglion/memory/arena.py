@@ -88,14 +88,17 @@ class Arena:
         """Obey copy orders as if one after the other; runs that do not touch each other's pages go in one batch."""
         for layout_name, of_layout in groupby(orders, key=lambda order: order.layout):
             sources: list[PageId] = []
-            targets: list[PageId] = []
+            targets: dict[PageId, None] = {}  # in order
             for order in of_layout:
                 if order.source in targets or order.target in targets:
-                    self.scatter(layout_name, [targets], self.gather(layout_name, [sources]))
-                    sources, targets = [], []
+                    self._copy(layout_name, sources, targets)
+                    sources, targets = [], {}
                 sources.append(order.source)
-                targets.append(order.target)
-            self.scatter(layout_name, [targets], self.gather(layout_name, [sources]))
+                targets[order.target] = None
+            self._copy(layout_name, sources, targets)
+
+    def _copy(self, layout_name: str, sources: Sequence[PageId], targets: Iterable[PageId]) -> None:
+        self.scatter(layout_name, [list(targets)], self.gather(layout_name, [sources]))
 
     def _index(self, ids: Ids) -> Tensor:
         widths = {len(row) for row in ids}

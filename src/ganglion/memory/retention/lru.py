@@ -6,8 +6,8 @@ from collections import OrderedDict
 class Lru:
     """Items by the time of their last reader.
 
-    An OrderedDict: as fast as a linked list over preallocated lists (docs/decisions/0010-page-pool.md), and it takes
-    memory only for what is kept.
+    An OrderedDict: about as fast as a linked list over preallocated lists (docs/decisions/0010-page-pool.md), and it
+    takes memory only for what is kept.
     """
 
     def __init__(self) -> None:
