@@ -35,7 +35,7 @@ FROZEN = {
     ],
     "train": [
         *("STAGE", "--data", "--run", "--checkpoint", "--json"),
-        *("--episodes", "--steps", "--eval-episodes", "--workers", "--seed"),
+        *("--episodes", "--steps", "--until", "--eval-episodes", "--workers", "--seed"),
         "--log-level",
     ],
     "doctor": ["--json"],

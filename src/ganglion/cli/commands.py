@@ -303,7 +303,7 @@ TRAIN = Command(
     examples=(
         "ganglion train all",
         "ganglion train collect --workers 2",
-        "ganglion train fit --steps 5000",
+        "ganglion train fit --until 2500",
         "ganglion train evaluate --checkpoint runs/metaworld-ten",
     ),
     target="ganglion.cli.train:run",
@@ -313,8 +313,9 @@ TRAIN = Command(
             flags=(
                 Flag(
                     name="STAGE",
-                    choices=("collect", "fit", "evaluate", "all"),
-                    help="collect demonstrations, fit a policy to them, evaluate it; or all three",
+                    choices=("collect", "fit", "correct", "evaluate", "all"),
+                    help="collect demonstrations, fit a policy to them, correct its mistakes, evaluate it; "
+                    "all: collect, half of fit, correct, the rest of fit, evaluate",
                 ),
             ),
         ),
@@ -335,7 +336,13 @@ TRAIN = Command(
             title="how much",
             flags=(
                 Flag(name="--episodes", kind=int, metavar="N", help="demonstrations of each task"),
-                Flag(name="--steps", kind=int, metavar="N", help="training steps"),
+                Flag(name="--steps", kind=int, metavar="N", help="training steps in all"),
+                Flag(
+                    name="--until",
+                    kind=int,
+                    metavar="N",
+                    help="fit: stop at this step; a later fit goes on",
+                ),
                 Flag(
                     name="--eval-episodes", kind=int, metavar="N", help="unseen seeds of each task"
                 ),

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ganglion.config import PolicyConfig
 from ganglion.errors import FieldError
 from ganglion.models.registry import policy_folder
-from ganglion.train.dataset import Dataset
+from ganglion.train.corrections import CorrectConfig, correct
 from ganglion.train.demonstrations import CollectConfig, CollectProgress, collect, plan_shards
 from ganglion.train.evaluate import (
     UNSEEN_SEEDS,
@@ -25,18 +25,31 @@ from ganglion.train.fit import FitConfig, FitProgress, fit
 from ganglion.train.ship import ship
 
 CHECKPOINT = "checkpoint"  # folder in --run that `fit` writes and `evaluate` reads
+HALF_WAY = "half-way"  # folder in --run: the policy whose mistakes `correct` corrects
+CORRECT_AFTER_SHARE = 2500 / 6000  # of the training steps
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the stage, or all of them in order."""
-    for name in ("episodes", "steps", "eval_episodes", "workers"):
+    for name in ("episodes", "steps", "until", "eval_episodes", "workers"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise FieldError(f"--{name.replace('_', '-')}", expected="at least 1", got=str(value))
-    stages = {"collect": run_collect, "fit": run_fit, "evaluate": run_evaluate}
-    for name, stage in stages.items():
-        if args.stage in (name, "all"):
-            stage(args)
+    match args.stage:
+        case "collect":
+            run_collect(args)
+        case "fit":
+            run_fit(args, until_step=args.until)
+        case "correct":
+            run_correct(args)
+        case "evaluate":
+            run_evaluate(args)
+        case "all":
+            run_collect(args)
+            run_fit(args, until_step=round(CORRECT_AFTER_SHARE * fit_config(args).num_steps))
+            run_correct(args)
+            run_fit(args, until_step=None)
+            run_evaluate(args)
     return 0
 
 
@@ -58,21 +71,46 @@ def run_collect(args: argparse.Namespace) -> None:
     print(f"demonstrations in {folder}")
 
 
-def run_fit(args: argparse.Namespace) -> None:
-    """Train on --data; training states and the checkpoint go to --run."""
+def fit_config(args: argparse.Namespace) -> FitConfig:
+    """The recipe, and what the flags change in it."""
     config = replace(FitConfig(), seed=args.seed)
-    if args.steps is not None:
-        config = replace(config, num_steps=args.steps)
-    folder = Path(args.run)
-    with tqdm(total=config.num_steps, desc="fit", unit="step") as bar:
+    return config if args.steps is None else replace(config, num_steps=args.steps)
+
+
+def run_fit(args: argparse.Namespace, *, until_step: int | None) -> None:
+    """Train on --data; training states and the checkpoint go to --run."""
+    config, folder = fit_config(args), Path(args.run)
+    with tqdm(total=until_step or config.num_steps, desc="fit", unit="step") as bar:
 
         def on_progress(progress: FitProgress) -> None:
             bar.update(progress.step - bar.n)
             bar.set_postfix(flow=f"{progress.flow_loss:.4f}", target=f"{progress.target_loss:.4f}")
 
-        result = fit(config, Path(args.data), folder, on_progress)
-    ship(result, Dataset(Path(args.data)).statistics, folder / CHECKPOINT)
-    print(f"checkpoint in {folder / CHECKPOINT}; serve it: ganglion serve {folder / CHECKPOINT}")
+        result = fit(config, Path(args.data), folder, on_progress, until_step=until_step)
+    is_done = result.step >= config.num_steps
+    target = folder / (CHECKPOINT if is_done else HALF_WAY)
+    ship(result, target)
+    print(f"step {result.step} of {config.num_steps}; ganglion serve {target}")
+
+
+def run_correct(args: argparse.Namespace) -> None:
+    """A second round of data: the half-trained policy drives, the experts say what they would have done."""
+    half = Path(args.run) / HALF_WAY
+    if not half.is_dir():
+        raise FieldError(
+            "--run",
+            expected=f"a half-trained policy in {half}",
+            got="none",
+            next_step="ganglion train fit --until 2500",
+        )
+    with tqdm(desc="correct", unit="shard") as bar:
+
+        def on_progress(progress: CollectProgress) -> None:
+            bar.total = progress.num_shards
+            bar.update(progress.num_shards_done - bar.n)
+            bar.set_postfix(samples=progress.num_samples)
+
+        correct(CorrectConfig(num_workers=args.workers), half, Path(args.data), on_progress)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
