@@ -240,7 +240,7 @@ class Network:
         return ready
 
 
-@settings(max_examples=1_500, deadline=None, database=None)
+@settings(max_examples=500, deadline=None, database=None)
 @given(seed=st.integers(0, 2**48))
 def test_no_network_makes_the_arm_do_what_nobody_planned(seed):
     check_network(seed)

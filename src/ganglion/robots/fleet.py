@@ -57,6 +57,7 @@ class FleetConfig:
     has_side_channel: bool = False
     cores: tuple[tuple[int, ...], ...] = ()
     niceness: int = 0
+    connect_s: float = 30.0  # how long robots try to reach the server at their start
 
     def __post_init__(self) -> None:
         if not self.robots or len(set(self.robots)) != len(self.robots):
@@ -266,6 +267,7 @@ class Fleet:
             has_side_channel=config.has_side_channel,
             cores=config.cores[index] if config.cores else (),
             niceness=config.niceness,
+            connect_s=config.connect_s,
         )
 
 
@@ -319,6 +321,8 @@ class _Robot:
                         failure += f"; next: {body['next_step']}"
         code = self.process.wait()
         self._listener.join()
+        self.hang_up()
+        self.process.stdout.close()
         is_wanted = self._is_finished or self._fleet.is_stopping
         if not failure and (code > 0 or not is_wanted):
             failure = f"robot process ended with {code}: {' | '.join(self._complaints)}"
@@ -336,8 +340,8 @@ class _Robot:
 
     def _keep_complaints(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self._complaints.append(line.rstrip())
+        with self.process.stderr as lines:
+            self._complaints.extend(line.rstrip() for line in lines)
 
 
 def run_fleet(

@@ -23,7 +23,6 @@ from ganglion.robots.side import SideChannel
 
 logger = logging.getLogger(__name__)
 
-CONNECT_S = 30.0
 STATUS_S = 0.5
 GRACE_S = 5.0  # after the end of stdin; then a robot that hangs is ended hard
 EXIT_DONE, EXIT_FAILED = 0, 1
@@ -40,6 +39,7 @@ class RunnerConfig:
     has_side_channel: bool
     cores: tuple[int, ...]  # () = wherever the system puts it
     niceness: int
+    connect_s: float  # how long to try to reach the server at the start
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,7 +73,7 @@ class Runner:
         config = self._config
         link = Link(config.url, robot_id=config.robot_id, api_key=config.api_key)
         try:
-            link.open(timeout_s=CONNECT_S)
+            link.open(timeout_s=config.connect_s)
             while (plan := self._ask()) is not None:
                 result = self._run_plan(plan, link)
                 if result is None:
