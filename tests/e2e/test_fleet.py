@@ -17,6 +17,7 @@ from ganglion.errors import FieldError
 from ganglion.robots.episode import EpisodePlan
 from ganglion.robots.fleet import Fleet, FleetConfig, own_episodes, run_fleet, shared_episodes
 from ganglion.robots.loop import LoopConfig, Pace
+from ganglion.robots.metaworld import TASKS
 from ganglion.serve.app import ServerThread
 from ganglion.serve.fake import FakeService, fake_spec
 from ganglion.spec import ViewSpec
@@ -185,18 +186,22 @@ def test_a_policy_for_another_robot_is_named():
 
 
 def test_metaworld_arms_run_under_their_instructions():
-    worlds = [["metaworld:push"], ["metaworld:drawer-open"]]
+    worlds = [["metaworld:push", "metaworld:door-close"], ["metaworld:drawer-open"]]
     with FakeService(fake_spec(size=80)) as service, ServerThread(service) as server:
         result = run_fleet(
             config_for(server.ws_url, "a", "b"),
-            own_episodes(worlds, first_seed=0, num_episodes=1),
+            own_episodes(worlds, first_seed=0, num_episodes=3),
         )
         prompts = {seen.prompt for seen in service.received}
     if any("OpenGL" in robot.failure for robot in result.failures):
         pytest.skip(result.failures[0].failure)
     assert result.failures == ()
-    assert {episode.task for episode in result.episodes} == {"push", "drawer-open"}
-    assert prompts == {"push the puck along the table to the goal", "open the drawer"}
+    tasks = {
+        robot: [episode.task for episode in result.episodes if episode.robot_id == robot]
+        for robot in ("a", "b")
+    }
+    assert tasks == {"a": ["push", "door-close", "push"], "b": ["drawer-open"] * 3}
+    assert prompts == {TASKS[task].prompt for task in ("push", "door-close", "drawer-open")}
     assert all(episode.num_chunks >= 3 for episode in result.episodes)
 
 

@@ -24,6 +24,7 @@ from ganglion.robots.side import SideChannel
 logger = logging.getLogger(__name__)
 
 STATUS_S = 0.5
+MAX_OPEN_WORLDS = 4  # opening one takes a second or more, keeping it some 30 MB
 GRACE_S = 5.0  # after the end of stdin; then a robot that hangs is ended hard
 EXIT_DONE, EXIT_FAILED = 0, 1
 
@@ -62,7 +63,8 @@ class Runner:
         self._changed = threading.Condition()
         self._is_over = threading.Event()
         self._is_done = threading.Event()
-        self._arm: Arm | None = None
+        self._arm: Arm | None = None  # of the running episode
+        self._open_arms: dict[str, Arm] = {}  # oldest use first
         self._loop: RobotLoop | None = None
         self._side: SideChannel | None = None
 
@@ -85,15 +87,12 @@ class Runner:
             if self._side is not None:
                 self._side.close()
             link.close()
-            if self._arm is not None:
-                self._arm.world.close()
+            for arm in self._open_arms.values():
+                arm.world.close()
 
     def _run_plan(self, plan: EpisodePlan, link: Link) -> EpisodeResult | None:
-        if self._arm is None or self._arm.name != plan.world:
-            if self._arm is not None:
-                self._arm.world.close()
-            self._arm = open_arm(plan.world)
-        arm, config = self._arm, self._config
+        config = self._config
+        arm = self._arm = self._arm_for(plan.world)
         if self._loop is None:
             clock: Clock = RealClock() if config.loop.pace is Pace.REAL_TIME else SimulatedClock()
             self._loop = RobotLoop(
@@ -115,6 +114,15 @@ class Runner:
                 self._side = SideChannel(config.url, hello=hello, api_key=config.api_key)
                 self._loop.attach(self._side)
         return self._loop.run_episode(arm, plan)
+
+    def _arm_for(self, world: str) -> Arm:
+        arm = self._open_arms.pop(world, None)
+        if arm is None:
+            while len(self._open_arms) >= MAX_OPEN_WORLDS:
+                self._open_arms.pop(next(iter(self._open_arms))).world.close()
+            arm = open_arm(world)
+        self._open_arms[world] = arm
+        return arm
 
     def _ask(self) -> EpisodePlan | None:
         self._say("ready", {})
