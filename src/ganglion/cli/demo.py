@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         document = {
             "seconds_to_first_action": seconds_to_first_action,
+            "seconds": round(clock.now_s() - start_s, 2),
             "rate_hz": resolved.config.demo.rate_hz,
             "policy": resolved.config.policy.path,
             "num_arms": len(worlds),

@@ -125,11 +125,12 @@ def run_evaluate(args: argparse.Namespace) -> None:
     found: dict[str, dict[str, float]] = {}
     print(f"{folder}: {num_seeds} unseen seeds of each task")
     for config in (own, opposite):
-        print(f"{'task':<24} {'told':<34} {'success':>8} {'ticks':>7}")
+        print(f"{'task':<24} {'told':<52} {'success':>8} {'ticks':>7}")
 
         def on_result(result: TaskResult) -> None:
-            told, ticks = result.prompt, result.mean_ticks
-            print(f"{result.task:<24} {told:<34} {result.success_rate:>8.2f} {ticks:>7.0f}")
+            told = result.prompt
+            ticks = "-" if result.success_rate == 0 else f"{result.mean_ticks:.0f}"
+            print(f"{result.task:<24} {told:<52} {result.success_rate:>8.2f} {ticks:>7}")
             sys.stdout.flush()
 
         results = evaluate(config, folder, on_result)
