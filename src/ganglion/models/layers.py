@@ -1,7 +1,7 @@
 """Layers: the parts that policies are built from. Called by `models.policies`. Knows no task, page or request.
 
 Dimension names: b batch row, token, key (tokens attended to), head, dim (of a head), width (of the residual stream),
-h and w (pixels), c (channels).
+inner (all heads side by side), low and high (widths before and after a layer), h and w (pixels), c (channels).
 """
 
 import torch
@@ -52,6 +52,17 @@ def attend(
     return out.transpose(1, 2).flatten(2)
 
 
+class Linear(nn.Linear):
+    """torch's own, with the sum that follows it in a residual stream. `packing` swaps it for a faster one."""
+
+    def forward_onto(
+        self, x: Float[Tensor, "*b low"], base: Float[Tensor, "*b high"]
+    ) -> Float[Tensor, "*b high"]:
+        """base + forward(x)."""
+        out: Tensor = self(x)
+        return base + out
+
+
 class Block(nn.Module):
     """One pre-norm transformer block; the caller decides what its tokens attend to besides themselves."""
 
@@ -59,11 +70,11 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
         self.attention_norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * num_heads * head_dim)
-        self.attention_out = nn.Linear(num_heads * head_dim, width)
+        self.qkv = Linear(width, 3 * num_heads * head_dim)
+        self.attention_out = Linear(num_heads * head_dim, width)
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp_in = nn.Linear(width, mlp_width)
-        self.mlp_out = nn.Linear(mlp_width, width)
+        self.mlp_in = Linear(width, mlp_width)
+        self.mlp_out = Linear(mlp_width, width)
         nn.init.normal_(self.attention_out.weight, std=0.02)
         nn.init.normal_(self.mlp_out.weight, std=0.02)
 
@@ -79,12 +90,12 @@ class Block(nn.Module):
         )
 
     def finish(
-        self, x: Float[Tensor, "b token width"], attended: Float[Tensor, "b token head*dim"]
+        self, x: Float[Tensor, "b token width"], attended: Float[Tensor, "b token inner"]
     ) -> Float[Tensor, "b token width"]:
         """Add what was attended to, then the MLP."""
-        x = x + self.attention_out(attended)
-        hidden: Tensor = self.mlp_out(functional.silu(self.mlp_in(self.mlp_norm(x))))
-        return x + hidden
+        x = self.attention_out.forward_onto(attended, x)
+        hidden = functional.silu(self.mlp_in(self.mlp_norm(x)))
+        return self.mlp_out.forward_onto(hidden, x)
 
 
 def time_features(

@@ -45,6 +45,7 @@ def load_policy(
 
 def load_flow(folder: Path, dtype: torch.dtype, num_flow_steps: int | None) -> Model:
     """The "ganglion_flow" family."""
+    from ganglion.models.packing import pack
     from ganglion.models.policies.flow_checkpoint import load_flow_checkpoint, with_flow_steps
     from ganglion.models.policies.flow_model import FlowModel
 
@@ -53,6 +54,7 @@ def load_flow(folder: Path, dtype: torch.dtype, num_flow_steps: int | None) -> M
         if not 1 <= num_flow_steps <= 10:
             raise FieldError("num_flow_steps", expected="1..10", got=str(num_flow_steps))
         checkpoint = with_flow_steps(checkpoint, num_flow_steps)
+    pack(checkpoint.policy)
     return FlowModel(checkpoint.policy, checkpoint.processor, checkpoint.spec)
 
 
