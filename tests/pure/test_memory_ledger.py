@@ -197,6 +197,8 @@ def test_a_stale_page_id_is_found() -> None:
     assert ledger.reserve("kv", 1, owner="b") == pages
     with pytest.raises(AssertionError, match="stale"):
         ledger.check_held("kv", pages, epochs)
+    with pytest.raises(AssertionError, match="not committed"):
+        ledger.check_held("kv", pages, ledger.epochs("kv", pages))
 
 
 def test_the_picture_of_a_large_pool_is_bounded() -> None:
