@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ganglion.bench.report import BENCHES
 from ganglion.cli import docs
 from ganglion.cli.commands import COMMANDS
 from ganglion.cli.main import EXTRAS, build_parser, main, missing_dependency
@@ -152,7 +153,8 @@ def test_help_needs_only_the_base_install() -> None:
 
 def test_bench_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "wier"]) == 1
-    assert "expected names out of control, wire, fleet, pool, got wier" in capsys.readouterr().err
+    known = ", ".join(BENCHES)
+    assert f"expected names out of {known}, got wier" in capsys.readouterr().err
     assert main(["bench"]) == 1
     assert "got nothing" in capsys.readouterr().err
 
