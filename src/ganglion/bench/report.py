@@ -13,12 +13,14 @@ BENCHES: dict[str, str] = {
     "wire": "ganglion.bench.wire:run",
     "fleet": "ganglion.bench.fleet:run",
     "pool": "ganglion.bench.pool:run",
+    "start": "ganglion.bench.start:run",
 }
 TITLES: dict[str, str] = {
     "control": "Four simulated arms, closed loop in real time",
     "wire": "What the server adds to the model's time",
     "fleet": "Batching across robots",
     "pool": "The page pool",
+    "start": "From the command to a moving arm",
 }
 
 
@@ -135,6 +137,14 @@ CLAIMS: tuple[Claim, ...] = (
         is_lower_better=True,
         unit="ns",
         baseline="baseline_match_ns",
+    ),
+    Claim(
+        bench="start",
+        metric="second_start_s",
+        text="`make demo` to a moving arm, when all is installed",
+        bar=10.0,
+        is_lower_better=True,
+        unit="s",
     ),
 )
 
