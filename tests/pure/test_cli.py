@@ -103,6 +103,15 @@ def test_flags_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert re.search(r"engine\.lanes = .*\(auto: ", resolved.explain())
 
 
+def test_a_setting_that_a_policy_would_ignore_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ["serve", "mine.py:Mine", "--dtype", "float32"]
+    with pytest.raises(ConfigError, match=r"engine\.dtype from --dtype means nothing"):
+        resolve(build_parser().parse_args(line))
+
+
 @pytest.mark.parametrize("text", ["", "two words", "line\nline", "schlüssel"])
 def test_a_key_that_cannot_travel_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "key").write_text(text)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ganglion.cli.commands import COMMANDS
-from ganglion.config import Resolved, load
+from ganglion.config import AUTO, Resolved, load
 from ganglion.errors import ConfigError
 from ganglion.plan.auto import auto_values
 from ganglion.plan.hardware import read_hardware
@@ -24,7 +24,15 @@ def resolve(args: argparse.Namespace) -> Resolved:
     if key is not None:
         flags["serve.api_key"] = ("--api-key-file", key)
     file = Path(args.config) if args.config else DEFAULT_FILE if DEFAULT_FILE.exists() else None
-    return load(file=file, flags=flags, autos=auto_values(read_hardware()))
+    resolved = load(file=file, flags=flags, autos=auto_values(read_hardware()))
+    origins = {setting.path: setting.origin for setting in resolved.settings}
+    path = resolved.config.policy.path
+    if ".py" in path and not origins["engine.dtype"].startswith(AUTO):
+        raise ConfigError(
+            f"engine.dtype from {origins['engine.dtype']} means nothing to the class in {path}",
+            next_step="remove it: a policy of one's own computes in what it likes",
+        )
+    return resolved
 
 
 def read_key(file: str | None) -> str | None:
