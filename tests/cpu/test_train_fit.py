@@ -167,7 +167,7 @@ def test_training_learns_and_ships(data_dir: Path, tmp_path: Path) -> None:
         config, data_dir, tmp_path / "run", lambda p: losses.append(p.flow_loss), model=MODEL
     )
     assert losses[-1] < 0.85 * losses[0]
-    ship(result, Dataset(data_dir).statistics, tmp_path / "shipped")
+    ship(result, tmp_path / "shipped")
     checkpoint = load_flow_checkpoint(tmp_path / "shipped")
     assert checkpoint.spec.horizon == 48
     assert checkpoint.spec.action_high == (1.0,) * 4
@@ -179,4 +179,4 @@ def test_shards_are_interleaved_and_their_seeds_are_for_training() -> None:
     assert {plan.task for plan in plans[: len(TASKS) + 2]} == set(TASKS)
     assert {plan.scene for plan in plans if plan.task != plan.scene} == {"push", "pick-place"}
     assert all(0 <= seed < 10_000 for plan in plans for seed in plan.seeds)
-    assert sum(len(plan.seeds) for plan in plans if plan.task == plan.scene == "push") == 170
+    assert sum(len(plan.seeds) for plan in plans if plan.task == plan.scene == "push") == 250

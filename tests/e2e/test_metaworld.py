@@ -90,10 +90,13 @@ def test_half_open_starts_are_solved_for_neither_task(task: str) -> None:
             world.reset_to(seed, Start.HALF_OPEN)
             world.apply(np.zeros(4, np.float32))
             assert not world.success, (name, seed)
-        world.reset_to(1, Start.DONE)
-        world.apply(np.zeros(4, np.float32))
-        assert world.success
         world.close()
+
+
+def test_a_done_start_is_the_other_end_of_the_joint(drawer: MetaWorld) -> None:
+    drawer.reset_to(1, Start.DONE)
+    assert float(drawer.env.data.joint("goal_slidey").qpos[0]) == TASKS["drawer-open"].joint_done
+    assert TASKS["drawer-close"].joint_done == 0.0
 
 
 def test_odd_seeds_start_half_open(drawer: MetaWorld) -> None:

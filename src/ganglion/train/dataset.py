@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ganglion.errors import FieldError
 from ganglion.robots.metaworld import TASKS
+from ganglion.train.demonstrations import DEMONSTRATION_KINDS
 from ganglion.types import Float32Array, UInt8Array
 
 
@@ -53,9 +54,12 @@ def prompts() -> tuple[str, ...]:
 
 
 class Dataset:
-    """Samples of all shards in a folder."""
+    """Samples of all shards in a folder.
 
-    def __init__(self, data_dir: Path) -> None:
+    `statistics` are those of the demonstrations alone, or the given ones: corrections that come later do not move them.
+    """
+
+    def __init__(self, data_dir: Path, statistics: Statistics | None = None) -> None:
         paths = sorted(data_dir.glob("*.npz"))
         if not paths:
             raise FieldError(
@@ -71,8 +75,10 @@ class Dataset:
                 for key in ("corner", "gripper", "state", "privileged", "chunk"):
                     parts.setdefault(key, []).append(shard[key])
                 num_rows = len(shard["state"])
-            parts.setdefault("task", []).append(
-                np.full(num_rows, names.index(path.name.split(".")[0]))
+            task, kind, *_ = path.name.split(".")
+            parts.setdefault("task", []).append(np.full(num_rows, names.index(task)))
+            parts.setdefault("is_demonstration", []).append(
+                np.full(num_rows, kind in DEMONSTRATION_KINDS)
             )
         self.num_shards = len(paths)
         self._views = tuple(np.concatenate(parts.pop(key)) for key in ("corner", "gripper"))
@@ -83,12 +89,8 @@ class Dataset:
         hand, thing, goal = privileged[:, :3], privileged[:, 4:7], privileged[:, 36:39]
         # in units in which a grasp's tolerance is a visible error
         self._target = np.concatenate([(thing - hand) / 0.05, (goal - thing) / 0.1], axis=1)
-        self.statistics = Statistics(
-            state_mean=self._state.mean(0),
-            state_std=self._state.std(0) + 1e-4,
-            action_mean=self._chunk.mean((0, 1)),
-            action_std=self._chunk.std((0, 1)) + 1e-4,
-        )
+        rows = np.concatenate(parts["is_demonstration"]).astype(bool)
+        self.statistics = statistics or _statistics(self._state[rows], self._chunk[rows])
 
     def __len__(self) -> int:
         return len(self._state)
@@ -114,6 +116,15 @@ class Dataset:
             target=self._target[rows],
             prompt_index=self._task[rows] * per_task + wording,
         )
+
+
+def _statistics(state: Float32Array, chunk: Float32Array) -> Statistics:
+    return Statistics(
+        state_mean=state.mean(0),
+        state_std=state.std(0) + 1e-4,
+        action_mean=chunk.mean((0, 1)),
+        action_std=chunk.std((0, 1)) + 1e-4,
+    )
 
 
 def _varied(views: UInt8Array, rng: np.random.Generator, augment: AugmentConfig) -> UInt8Array:

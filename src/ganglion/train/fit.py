@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from ganglion.clock import Clock, RealClock
 from ganglion.errors import CheckpointError
 from ganglion.models.policies.flow import FlowConfig, FlowPolicy
 from ganglion.models.tokenizer import WordTokenizer
-from ganglion.train.dataset import AugmentConfig, Batch, Dataset, prompts
+from ganglion.train.dataset import AugmentConfig, Batch, Dataset, Statistics, prompts
 
 _STATE_FILE = "training_state.safetensors"
 MODEL = FlowConfig(vocab_size=96)  # what the shipped policy is
@@ -34,7 +34,7 @@ MODEL = FlowConfig(vocab_size=96)  # what the shipped policy is
 class FitConfig:
     """One training run."""
 
-    num_steps: int = 6000
+    num_steps: int = 7200
     batch_size: int = 64
     num_draws: int = 2  # noise draws per encoded observation: the expert is cheap beside perception
     learning_rate: float = 8e-4
@@ -69,6 +69,7 @@ class FitResult:
 
     policy: FlowPolicy
     tokenizer: WordTokenizer
+    statistics: Statistics
     step: int
 
 
@@ -131,24 +132,30 @@ def fit(
     on_progress: Callable[[FitProgress], None],
     *,
     model: FlowConfig = MODEL,
+    until_step: int | None = None,
     clock: Clock | None = None,
 ) -> FitResult:
-    """Train until `config.num_steps`, from the last state in `run_dir` if there is one."""
+    """Train from the last state in `run_dir`, if there is one, to `until_step` (None: `config.num_steps`).
+
+    The learning rate follows `config.num_steps` wherever this call stops, so a run may be cut and continued.
+    """
     clock = clock or RealClock()
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     run_dir.mkdir(parents=True, exist_ok=True)
-    dataset = Dataset(data_dir)
     tokenizer = WordTokenizer.from_prompts(
         prompts(), num_tokens=model.num_text_tokens, vocab_size=model.vocab_size
     )
     token_table = torch.from_numpy(np.stack([tokenizer.encode(prompt) for prompt in prompts()]))
     trainee = _Trainee(model)
     run = _Run(trainee, config)
-    step = run.load(run_dir) if (run_dir / _STATE_FILE).exists() else 0
+    has_state = (run_dir / _STATE_FILE).exists()
+    step, statistics = run.load(run_dir) if has_state else (0, None)
+    dataset = Dataset(data_dir, statistics)
     trainee.to(torch.bfloat16)
+    last_step = config.num_steps if until_step is None else min(until_step, config.num_steps)
     flow_mean = target_mean = step_s_mean = math.nan
-    while step < config.num_steps:
+    while step < last_step:
         start_s = clock.now_s()
         batch = dataset.batch(
             step=step, batch_size=config.batch_size, seed=config.seed, augment=config.augment
@@ -173,9 +180,14 @@ def fit(
                 learning_rate=rate,
             )
         )
-        if step % config.num_steps_per_state == 0 or step == config.num_steps:
-            run.save(run_dir, step)
-    return FitResult(policy=run.averaged_policy(), tokenizer=tokenizer, step=step)
+        if step % config.num_steps_per_state == 0 or step == last_step:
+            run.save(run_dir, step, dataset.statistics)
+    return FitResult(
+        policy=run.averaged_policy(),
+        tokenizer=tokenizer,
+        statistics=dataset.statistics,
+        step=step,
+    )
 
 
 def learning_rate(config: FitConfig, step: int) -> float:
@@ -233,9 +245,12 @@ class _Run:
         )
         return policy.eval()
 
-    def save(self, run_dir: Path, step: int) -> None:
+    def save(self, run_dir: Path, step: int, statistics: Statistics) -> None:
         """Write the whole training state; the old one stays until the new one is complete."""
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {
+            f"statistics.{name}": torch.from_numpy(value)
+            for name, value in asdict(statistics).items()
+        }
         for name, weight in self._weights.items():
             tensors[f"weight.{name}"] = weight
             tensors[f"average.{name}"] = self._averages[name]
@@ -247,8 +262,11 @@ class _Run:
         save_file(tensors, partial, {"step": str(step), "config": json.dumps(asdict(self._config))})
         os.replace(partial, target)
 
-    def load(self, run_dir: Path) -> int:
-        """Continue from the state in `run_dir`. Returns its step. Raises CheckpointError when it does not fit."""
+    def load(self, run_dir: Path) -> tuple[int, Statistics]:
+        """Continue from the state in `run_dir`: its step and the data's statistics.
+
+        Raises CheckpointError when it does not fit.
+        """
         path = run_dir / _STATE_FILE
         with safe_open(path, framework="pt") as state:
             step = int(state.metadata()["step"])
@@ -269,8 +287,14 @@ class _Run:
                     "exp_avg": stored["mean"],
                     "exp_avg_sq": stored["square"],
                 }
+            statistics = Statistics(
+                **{
+                    field.name: state.get_tensor(f"statistics.{field.name}").numpy()
+                    for field in fields(Statistics)
+                }
+            )
         self._copy_into_trainee()
-        return step
+        return step, statistics
 
     def _copy_into_trainee(self) -> None:
         with torch.no_grad():
@@ -284,8 +308,10 @@ def averaged_policy(run_dir: Path, *, model: FlowConfig = MODEL) -> FitResult:
         prompts(), num_tokens=model.num_text_tokens, vocab_size=model.vocab_size
     )
     run = _Run(_Trainee(model), FitConfig())
-    step = run.load(run_dir)
-    return FitResult(policy=run.averaged_policy(), tokenizer=tokenizer, step=step)
+    step, statistics = run.load(run_dir)
+    return FitResult(
+        policy=run.averaged_policy(), tokenizer=tokenizer, statistics=statistics, step=step
+    )
 
 
 def _with_unknown_words(token_table: Tensor, config: FitConfig, *, step: int) -> Tensor:

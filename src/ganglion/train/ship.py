@@ -7,15 +7,15 @@ import torch
 from ganglion.models.policies.flow_checkpoint import save_flow_checkpoint
 from ganglion.models.policies.transforms import MeanStd, Processor
 from ganglion.robots.metaworld import ACTION_DIM, RATE_HZ
-from ganglion.train.dataset import Statistics
 from ganglion.train.fit import FitResult
 
 ACTION_LOW = (-1.0,) * ACTION_DIM
 ACTION_HIGH = (1.0,) * ACTION_DIM
 
 
-def ship(result: FitResult, statistics: Statistics, folder: Path) -> None:
-    """Write `folder` in LeRobot's layout; the model card is written by `train.card`."""
+def ship(result: FitResult, folder: Path) -> None:
+    """Write `folder` in LeRobot's layout; the model card is `train.card`'s."""
+    statistics = result.statistics
     processor = Processor(
         tokenizer=result.tokenizer,
         state=MeanStd(

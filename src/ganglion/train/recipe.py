@@ -1,0 +1,102 @@
+"""Recipe: everything from nothing to a checkpoint folder with its measured card. Called by `ganglion train all`.
+
+Owns the order of the parts. Every part keeps what it has finished, so a stopped recipe continues where it was.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ganglion.train.card import Figures, write_card
+from ganglion.train.corrections import CorrectConfig, correct
+from ganglion.train.dataset import Dataset
+from ganglion.train.demonstrations import CollectConfig, CollectProgress, collect
+from ganglion.train.evaluate import (
+    EvaluateConfig,
+    Instruction,
+    TaskResult,
+    ambiguous_tasks,
+    evaluate,
+)
+from ganglion.train.fit import FitConfig, FitProgress, FitResult, averaged_policy, fit
+from ganglion.train.ship import ship
+
+Report = CollectProgress | FitProgress | TaskResult
+OnReport = Callable[[Report], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorrectionRound:
+    """Corrections of the policy as it stands after `after_step` training steps."""
+
+    after_step: int
+    config: CorrectConfig
+
+
+def _rounds() -> tuple[CorrectionRound, ...]:
+    second = CorrectConfig(
+        num_shards=0,
+        num_hard_shards=7,
+        num_crossed_shards=0,
+        hard_tasks=("pick-place",),
+        first_seed=8_000,
+        round_name="corrected2",
+    )
+    return (
+        CorrectionRound(after_step=3000, config=CorrectConfig()),
+        CorrectionRound(after_step=4500, config=second),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeConfig:
+    """The parts of the shipped policy's recipe."""
+
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    rounds: tuple[CorrectionRound, ...] = field(default_factory=_rounds)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def run_recipe(
+    config: RecipeConfig, *, data_dir: Path, run_dir: Path, out_dir: Path, on_report: OnReport
+) -> Figures:
+    """Collect, fit with rounds of corrections, evaluate; writes the checkpoint and its card into `out_dir`."""
+    collect(config.collect, data_dir, on_report)
+    for number, correction in enumerate(config.rounds):
+        draft_dir = run_dir / f"draft-{number}"
+        if not draft_dir.exists():
+            draft = fit(config.fit, data_dir, run_dir, on_report, until_step=correction.after_step)
+            ship(draft, draft_dir)
+        correct(correction.config, draft_dir, data_dir, on_report)
+    result = fit(config.fit, data_dir, run_dir, on_report)
+    ship(result, out_dir)
+    return measure(config.evaluate, result, data_dir=data_dir, out_dir=out_dir, on_report=on_report)
+
+
+def measure(
+    config: EvaluateConfig, result: FitResult, *, data_dir: Path, out_dir: Path, on_report: OnReport
+) -> Figures:
+    """Evaluate the checkpoint in `out_dir` in all three ways, and write its card."""
+    opposite = replace(config, instruction=Instruction.OPPOSITE, tasks=ambiguous_tasks())
+    figures = Figures(
+        delayed=evaluate(config, out_dir, on_report),
+        undelayed=evaluate(replace(config, delay_ticks=0), out_dir, on_report),
+        opposite=evaluate(opposite, out_dir, on_report),
+        delay_ticks=config.delay_ticks,
+        num_flow_steps=config.num_flow_steps,
+        num_samples=len(Dataset(data_dir)),
+        num_steps=result.step,
+        num_parameters=sum(value.numel() for value in result.policy.parameters()),
+    )
+    write_card(figures, out_dir)
+    return figures
+
+
+def measure_run(
+    config: EvaluateConfig, *, data_dir: Path, run_dir: Path, out_dir: Path, on_report: OnReport
+) -> Figures:
+    """Ship and measure the last state of a run without training on."""
+    result = averaged_policy(run_dir)
+    ship(result, out_dir)
+    return measure(config, result, data_dir=data_dir, out_dir=out_dir, on_report=on_report)
