@@ -88,7 +88,7 @@ GAUGES: dict[str, MetricSpec] = {
     "connections": MetricSpec(
         name="ganglion_connections",
         doc="Open websockets.",
-        labels={"channel": "robot, side or dashboard"},
+        labels={"channel": "robot; side channels and browsers are not counted"},
     ),
     "sessions": MetricSpec(name="ganglion_sessions", doc="Open sessions."),
     "waiting": MetricSpec(
