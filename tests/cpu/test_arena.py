@@ -70,6 +70,34 @@ def test_what_was_scattered_is_gathered(
     assert torch.equal(arena.pages(page_layout.name).flatten(0, 1), expected), "nobody else's page"
 
 
+def test_every_bit_arrives() -> None:
+    """Bytes are moved in words of another dtype: whatever those would mean, NaN with its payload too."""
+    pool = PoolLayout(
+        large_page_bytes=192,
+        layouts=(layout("words", (48,), "uint8"), layout("odd", (40,), "bfloat16")),
+    )
+    arena, rng = Arena(pool, 64), torch.Generator().manual_seed(0)
+    for name in ("words", "odd"):
+        num_pages = 64 * pool.pages_per_large(name)
+        raw = torch.randint(0, 256, (num_pages, pool[name].page_bytes), generator=rng)
+        raw[:, 6:8] = 0x7F  # every word a float64 NaN, signalling or quiet
+        raw = raw.to(torch.uint8)
+        values = raw.view(getattr(torch, pool[name].dtype))[None]
+        rows = ids([list(range(num_pages))])
+        arena.scatter(name, rows, values)
+        assert torch.equal(arena.gather(name, rows).view(torch.uint8)[0], raw)
+
+
+def test_values_may_begin_anywhere() -> None:
+    arena = Arena(POOL, 2)
+    values = torch.arange(1 + 12, dtype=torch.float32)[1:].view(1, 2, 2, 3)
+    arena.scatter("even", ids([[3, 0]]), values)
+    assert torch.equal(arena.gather("even", ids([[3, 0]])), values)
+    spread = torch.arange(24, dtype=torch.float32).view(1, 2, 2, 6)[..., ::2]
+    arena.scatter("even", ids([[1, 2]]), spread)
+    assert torch.equal(arena.gather("even", ids([[1, 2]])), spread)
+
+
 def test_large_pages_never_overlap() -> None:
     """Every large page in another layout's hands: all keep what they were given."""
     arena = Arena(POOL, len(POOL.layouts))
