@@ -144,7 +144,7 @@ class CancelledError(GanglionError):
 
 
 class ReplyError(GanglionError):
-    """The server's answer to one request is an error. `code` is the server's, as on the wire."""
+    """The server's answer to one request is an error, or cannot be read (`malformed_frame`). `code` is as on the wire."""
 
     def __init__(
         self,

@@ -238,24 +238,42 @@ def test_a_server_of_another_kind_is_named(scripted, first, why):
 
 
 @pytest.mark.parametrize(
-    ("answer", "error"),
+    ("answer", "error", "why"),
     [
-        (b"\xc1", WireError),
-        (wire.encode({"obs_seq": 0}), FieldError),
-        (wire.encode({"obs_seq": 0, "actions": np.zeros(3)}), FieldError),
-        (wire.encode({"obs_seq": 0, "actions": np.zeros((3, 4), np.float32)}), WireError),
-        (wire.encode({"obs_seq": 0, "error": "no"}), WireError),
-        (wire.encode({"obs_seq": 0, "status": "reset successful"}), WireError),
-        (wire.encode({"obs_seq": 0, "error": {"code": "new", "message": "m"}}), ReplyError),
-        ("Traceback (most recent call last)", ReplyError),
+        (b"\xc1", ReplyError, "not one msgpack value"),
+        (wire.encode({"obs_seq": 0}), ReplyError, "got nothing"),
+        (wire.encode({"obs_seq": 0, "actions": np.zeros((3, 4))}), ReplyError, "got float64"),
+        (wire.encode({"obs_seq": 0, "actions": np.zeros((3, 4), np.float32)}), ReplyError, "lacks"),
+        (wire.encode({"obs_seq": 0, "error": "no"}), ReplyError, "not a map"),
+        (wire.encode({"obs_seq": 0, "status": "reset successful"}), WireError, "no chunk"),
+        (wire.encode({"obs_seq": 0, "error": {"code": "new", "message": "m"}}), ReplyError, "m"),
+        ("Traceback (most recent call last)", ReplyError, "Traceback"),
     ],
 )
-def test_a_broken_answer_is_an_error_not_a_chunk(scripted, answer, error):
-    with (
-        Client(scripted(OURS, answer), robot_id="arm", timeout_s=2) as client,
-        pytest.raises(error),
-    ):
+def test_a_broken_answer_is_an_error_not_a_chunk(scripted, answer, error, why):
+    url = scripted(OURS, answer)
+    with Client(url, robot_id="arm", timeout_s=2) as client, pytest.raises(error, match=why):
         client.infer({STATE: np.zeros(4)}, prompt="")
+
+
+def test_a_broken_answer_fails_an_async_call_at_once(scripted):
+    async def main():
+        async with AsyncClient(scripted(OURS, b"\xc1"), robot_id="arm", timeout_s=30) as client:
+            with pytest.raises(ReplyError, match="not one msgpack value"):
+                await client.infer({STATE: np.zeros(4)}, prompt="")
+            assert client.is_connected
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:8000", "127.0.0.1:8000", "localhost", "ws://", "ws://host:port"]
+)
+def test_an_address_that_is_none_is_named(url):
+    with pytest.raises(FieldError, match="expected ws://HOST:PORT") as caught:
+        Client(url, robot_id="arm", timeout_s=2)
+    assert url in str(caught.value)
+    assert caught.value.advice
 
 
 def test_a_server_that_stops_reading_is_a_lost_connection_not_a_hang():

@@ -194,7 +194,9 @@ class AsyncClient:
     def _deliver(self, answer: Answer | ResetDone | None) -> None:
         if answer is None:
             return
-        waiting = None if answer.seq is None else self._waiting.get(answer.seq)
+        # which request an error without a number answers is unknown: the oldest
+        seq = next(iter(self._waiting), None) if answer.seq is None else answer.seq
+        waiting = None if seq is None else self._waiting.get(seq)
         if waiting is not None:
             if not waiting.done():
                 waiting.set_result(answer)

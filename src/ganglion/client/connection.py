@@ -6,9 +6,9 @@ Called by `client.blocking` and `client.asynchronous`. Knows no requests.
 import contextlib
 from collections.abc import Iterator
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
-from ganglion.errors import ConnectionLostError, ReplyTimeoutError, UnauthorizedError
+from ganglion.errors import ConnectionLostError, FieldError, ReplyTimeoutError, UnauthorizedError
 
 DEFAULT_TIMEOUT_S = 5.0
 MAX_UNREAD = 64  # answers that nobody polled; the oldest go
@@ -30,6 +30,13 @@ def connection_errors(url: str) -> Iterator[None]:
                 f"{url} refused the key: {text}", next_step="pass api_key=..."
             ) from error
         raise ConnectionLostError(f"{url} answered {response.status_code}: {text}") from error
+    except (InvalidURI, ValueError) as error:  # ValueError: of a port or a host that is none
+        raise FieldError(
+            "url",
+            expected="ws://HOST:PORT or wss://HOST:PORT",
+            got=f"{url!r} ({error})",
+            next_step="give the websocket address that the server prints when it starts",
+        ) from error
     except (OSError, TimeoutError, InvalidHandshake, ConnectionClosed) as error:
         raise ConnectionLostError(
             f"cannot connect to {url}: {error}",

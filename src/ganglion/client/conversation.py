@@ -12,7 +12,7 @@ import numpy as np
 
 from ganglion import wire
 from ganglion.clock import Clock
-from ganglion.errors import ErrorCode, FieldError, ReplyError, WireError
+from ganglion.errors import ErrorCode, FieldError, GanglionError, ReplyError, WireError
 from ganglion.types import Float32Array, Timing
 
 PROTOCOL = "ganglion/1"
@@ -106,19 +106,25 @@ class Conversation:
             self._sent_ns.pop(seq, None)
 
     def receive(self, frame: bytes | str) -> Answer | ResetDone | None:
-        """What a message answers; None when nobody wants it any more. Raises WireError or FieldError."""
+        """What a message answers; None when nobody wants it any more. What cannot be read is a ReplyError."""
         if isinstance(frame, str):
             return ReplyError(frame[:1000], code=ErrorCode.INTERNAL)
-        body = wire.decode(frame)
+        try:
+            body = wire.decode(frame)
+        except (WireError, FieldError) as error:
+            return _unreadable(error, None)
         seq = body.get("obs_seq")
         sent_ns = self._sent_ns.pop(seq, None) if isinstance(seq, int) else None
         if sent_ns is None or not isinstance(seq, int):
             return None
-        if "error" in body:
-            return _read_error(body["error"], seq)
         if "status" in body:
             return ResetDone(seq=seq)
-        return _read_reply(body, seq, round_trip_ms=(self._clock.now_ns() - sent_ns) * 1e-6)
+        try:
+            if "error" in body:
+                return _read_error(body["error"], seq)
+            return _read_reply(body, seq, round_trip_ms=(self._clock.now_ns() - sent_ns) * 1e-6)
+        except (WireError, FieldError) as error:
+            return _unreadable(error, seq)
 
     def _send(self, message: dict[str, Any], seq: int | None, now_ns: int) -> Outgoing:
         number = self._last_seq + 1 if seq is None else seq
@@ -146,6 +152,16 @@ def read_metadata(first: bytes | str) -> dict[str, Any]:
             next_step="use openpi-client with an openpi server",
         )
     return metadata
+
+
+def _unreadable(error: GanglionError, seq: int | None) -> ReplyError:
+    """One answer is lost, the connection is not: messages end where they end."""
+    return ReplyError(
+        f"cannot read the server's answer: {error}",
+        code=ErrorCode.MALFORMED_FRAME,
+        seq=seq,
+        next_step="use a server and a client of the same version",
+    )
 
 
 def _read_error(body: Any, seq: int) -> ReplyError:

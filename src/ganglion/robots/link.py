@@ -131,7 +131,9 @@ class Link:
                 self._lose(ConnectionLostError(f"{self._url}: no answer for {SILENCE_S:g} s"))
             return None
         self._heard_s = self.clock.now_s()
-        sent = None if answer.seq is None else self._in_flight.pop(answer.seq, None)
+        # which one an error without a number answers is unknown: the oldest, so that none is waited for without end
+        seq = next(iter(self._in_flight), None) if answer.seq is None else answer.seq
+        sent = None if seq is None else self._in_flight.pop(seq, None)
         if isinstance(answer, ReplyError):
             return answer
         return None if sent is None else Answered(sent=sent, reply=answer)
