@@ -88,6 +88,12 @@ def test_every_bit_arrives() -> None:
         assert torch.equal(arena.gather(name, rows).view(torch.uint8)[0], raw)
 
 
+def test_an_arena_may_be_empty() -> None:
+    arena = Arena(POOL, 0)
+    assert arena.num_bytes == 0
+    assert arena.gather("odd", []).shape == (0, 0, 5)
+
+
 def test_values_may_begin_anywhere() -> None:
     arena = Arena(POOL, 2)
     values = torch.arange(1 + 12, dtype=torch.float32)[1:].view(1, 2, 2, 3)

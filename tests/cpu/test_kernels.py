@@ -121,6 +121,26 @@ def test_slots_behind_the_last_key_do_not_matter(name: str) -> None:
     assert difference(paged_attend(query, pages, 0, ids, num_keys), clean) == 0.0
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("num_keys", [(0, 9), (0, 0)])
+def test_rows_without_keys_merge_to_the_others(name: str, num_keys: tuple[int, ...]) -> None:
+    """A worker that holds none of a row's pages still answers for it, and adds nothing."""
+    paged_attend = BACKENDS[name]()["paged_attend"]
+    pages, query = normal(0, 6, 4, 1, 2, 2, 8), normal(1, 2, 3, 2, 8)
+    here = paged_attend(
+        query, pages, 0, torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor(num_keys)
+    )
+    assert here.out[0].abs().max() == 0
+    assert torch.all(here.lse[0] == -torch.inf)
+    assert torch.isfinite(here.lse[1]).all() == (num_keys[1] > 0)
+    elsewhere = reference.attend(query, *normal(2, 2, 5, 2, 2, 8).unbind(2))
+    merged = reference.merge(here, elsewhere, here._replace(lse=here.lse - torch.inf))
+    assert (merged.out[0] - elsewhere.out[0]).abs().max() < 1e-6
+    nothing = reference.merge(here, here)
+    assert nothing.out[0].abs().max() == 0
+    assert torch.all(nothing.lse[0] == -torch.inf)
+
+
 @pytest.mark.skipif(bool(cpu.why_not_packed(torch.bfloat16)), reason="no packed bfloat16 here")
 def test_linear_onto_equals_linear_and_sum() -> None:
     x, base = (normal(at, 3, 7, 32).bfloat16() for at in range(2))

@@ -10,7 +10,7 @@ The 2 of a page is keys, values.
 |---|---|---|
 | attend | (q "b token head dim", k "b key head dim", v "b key head dim") -> Attended | every token asks every key |
 | merge | (parts: Attended ...) -> Attended | attention to disjoint sets of keys -> attention to their union, exact |
-| paged_attend | (q "b token head dim", pages "page slot layer 2 head dim", layer, ids "b span", num_keys " b") -> Attended | keys are the first num_keys slots (at least one) of the row's pages |
+| paged_attend | (q "b token head dim", pages "page slot layer 2 head dim", layer, ids "b span", num_keys " b") -> Attended | keys are the first num_keys slots of the row's pages; none: out 0, lse -inf |
 | gather_pages | (pages "page slot *rest", ids "b span") -> "b span slot *rest" | copies of pages |
 | linear | (x "*b low", weight "high low", bias " high") -> "*b high" | x weight^T + bias |
 | halve | (x "b c h w", weight "high c 3 3", bias " high") -> "b high h2 w2" | 3x3 convolution, stride 2, padding 1 |

@@ -34,8 +34,8 @@ def paged_attend(
     ids: Int[Tensor, "b span"],
     num_keys: Int[Tensor, " b"],
 ) -> Attended:
-    """Keys are the first `num_keys` slots of the row's pages laid end to end; at least one per row."""
-    longest = int(num_keys.max())
+    """Keys are the first `num_keys` slots of the row's pages laid end to end."""
+    longest = max(1, int(num_keys.max()))
     key_value = gather_pages(pages[:, :, layer], ids).flatten(1, 2)[:, :longest]
     if int(num_keys.min()) == longest:
         return _flash(query, key_value[:, :, 0], key_value[:, :, 1], None)
@@ -43,7 +43,8 @@ def paged_attend(
     # what stands behind the last key may be anything, even NaN, and the mask only adds to the score
     key_value = key_value.masked_fill(is_hidden[:, :, None, None, None], 0.0)
     mask = query.new_zeros(is_hidden.shape).masked_fill_(is_hidden, -torch.inf)
-    return _flash(query, key_value[:, :, 0], key_value[:, :, 1], mask[:, None, None])
+    out, lse = _flash(query, key_value[:, :, 0], key_value[:, :, 1], mask[:, None, None])
+    return Attended(out=out, lse=lse.masked_fill((num_keys == 0)[:, None, None], -torch.inf))
 
 
 def gather_pages(

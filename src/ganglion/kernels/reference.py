@@ -24,7 +24,7 @@ def merge(*parts: Attended) -> Attended:
     """Attention to disjoint sets of keys -> attention to all of them."""
     lse = torch.stack([part.lse for part in parts])
     total = lse.logsumexp(0)
-    share = (lse - total).exp()
+    share = (lse - _finite(total)).exp()
     out = sum(
         (part.out.float() * weight[..., None] for part, weight in zip(parts, share, strict=True)),
         start=torch.zeros(()),
@@ -39,7 +39,7 @@ def paged_attend(
     ids: Int[Tensor, "b span"],
     num_keys: Int[Tensor, " b"],
 ) -> Attended:
-    """Keys are the first `num_keys` slots of the row's pages laid end to end; at least one per row."""
+    """Keys are the first `num_keys` slots of the row's pages laid end to end."""
     key, value = pages[ids][:, :, :, layer].flatten(1, 2).unbind(2)
     is_hidden = torch.arange(key.shape[1], device=ids.device) >= num_keys[:, None]
     scores = _scores(query, key).masked_fill(is_hidden[:, None, None], -torch.inf)
@@ -96,5 +96,11 @@ def _attend(
     value: Float[Tensor, "b key head dim"],
     dtype: torch.dtype,
 ) -> Attended:
-    out = torch.einsum("bhtk,bkhd->bthd", scores.softmax(-1), value.float())
-    return Attended(out=out.to(dtype), lse=scores.logsumexp(-1).transpose(1, 2))
+    lse = scores.logsumexp(-1)
+    out = torch.einsum("bhtk,bkhd->bthd", (scores - _finite(lse)[..., None]).exp(), value.float())
+    return Attended(out=out.to(dtype), lse=lse.transpose(1, 2))
+
+
+def _finite(lse: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """Zero instead of -inf: who asked no key has weights exp(-inf - 0) = 0, not NaN."""
+    return lse.nan_to_num(neginf=0.0)

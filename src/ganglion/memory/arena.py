@@ -38,19 +38,20 @@ class Arena:
         )
         self._stride_bytes = stride_bytes
         self._pages: dict[str, Tensor] = {}  # [large, per_large, *shape]
-        self._runs: dict[
-            str, Tensor
-        ] = {}  # [run, word]: all bytes, cut so that a page is whole runs
+        self._runs: dict[str, Tensor] = {}  # [run, word]: a page is one or more whole runs
         for layout in pool_layout.layouts:
             name, page_bytes = layout.name, layout.page_bytes
             per_large = pool_layout.pages_per_large(name)
-            pages = self._bytes[:, : per_large * page_bytes].view(-1, per_large, page_bytes)
+            pages = self._bytes[:, : per_large * page_bytes].view(
+                num_large_pages, per_large, page_bytes
+            )
             dtype: torch.dtype = getattr(torch, layout.dtype)
-            self._pages[name] = pages.view(dtype).view(-1, per_large, *layout.shape)
+            self._pages[name] = pages.view(dtype).view(*pages.shape[:2], *layout.shape)
             run_bytes = gcd(page_bytes, stride_bytes)
             # The largest words that fit: as bfloat16 numbers, the same bytes take three times as long.
             word = next(word for word in WORDS if run_bytes % word.itemsize == 0)
-            self._runs[name] = self._bytes.view(word).view(-1, run_bytes // word.itemsize)
+            num_runs = self._bytes.numel() // run_bytes
+            self._runs[name] = self._bytes.view(word).view(num_runs, run_bytes // word.itemsize)
 
     @property
     def num_bytes(self) -> int:
