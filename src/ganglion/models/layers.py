@@ -39,16 +39,18 @@ def attend(
     query: Float[Tensor, "b token head dim"],
     key: Float[Tensor, "b key head dim"],
     value: Float[Tensor, "b key head dim"],
+    mask: Float[Tensor, "1 1 1 key"] | None = None,
 ) -> Float[Tensor, "b token head*dim"]:
-    """Full attention of every token to every key."""
+    """Full attention of every token to every key; `mask` is added to the scores."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if (
         torch.is_grad_enabled()
     ):  # the fused op's gradient is five times slower on a CPU than these two products
         scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
+        scores = scores if mask is None else scores + mask
         out = torch.matmul(scores.softmax(dim=-1), value)
     else:
-        out = functional.scaled_dot_product_attention(query, key, value)
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 
 
