@@ -82,6 +82,9 @@ def _attend_cases(generator: torch.Generator, dtype: torch.dtype) -> Iterator[In
         # as in a cache: key and value side by side, so neither is contiguous
         key_value = _normal(generator, dtype, rows, num_keys, 2, num_heads, dim)
         yield (query, *key_value.unbind(2))
+        mask = torch.zeros(1, 1, 1, num_keys, dtype=dtype)
+        mask[..., num_keys // 2 + 1 :] = -torch.inf
+        yield (query, *key_value.unbind(2), mask)
 
 
 def _merge_cases(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Inputs]:

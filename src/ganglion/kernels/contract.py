@@ -8,7 +8,7 @@ The 2 of a page is keys, values.
 
 | op | signature | meaning |
 |---|---|---|
-| attend | (q "b token head dim", k "b key head dim", v "b key head dim") -> Attended | every token asks every key |
+| attend | (q "b token head dim", k "b key head dim", v "b key head dim", mask "#b 1 1 key" or None) -> Attended | every token asks every key; mask is added to the scores, and leaves each row a key |
 | merge | (parts: Attended ...) -> Attended | attention to disjoint sets of keys -> attention to their union, exact |
 | paged_attend | (q "b token head dim", pages "page slot layer 2 head dim", layer, ids "b span", num_keys " b") -> Attended | keys are the first num_keys slots of the row's pages; none: out 0, lse -inf |
 | gather_pages | (pages "page slot *rest", ids "b span") -> "b span slot *rest" | copies of pages |

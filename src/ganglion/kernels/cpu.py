@@ -22,9 +22,13 @@ def attend(
     query: Float[Tensor, "b token head dim"],
     key: Float[Tensor, "b key head dim"],
     value: Float[Tensor, "b key head dim"],
+    mask: Float[Tensor, "#b 1 1 key"] | None = None,
 ) -> Attended:
-    """Every token asks every key."""
-    return _flash(query, key, value, None)
+    """Every token asks every key; `mask` is added to the scores. 128 keys take less time than 115: vectors hold 16."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+    )
+    return Attended(out=out.transpose(1, 2), lse=lse.transpose(1, 2))
 
 
 def paged_attend(
@@ -38,12 +42,12 @@ def paged_attend(
     longest = max(1, int(num_keys.max()))
     key_value = gather_pages(pages[:, :, layer], ids).flatten(1, 2)[:, :longest]
     if int(num_keys.min()) == longest:
-        return _flash(query, key_value[:, :, 0], key_value[:, :, 1], None)
+        return attend(query, key_value[:, :, 0], key_value[:, :, 1])
     is_hidden = torch.arange(longest) >= num_keys[:, None]
     # what stands behind the last key may be anything, even NaN, and the mask only adds to the score
     key_value = key_value.masked_fill(is_hidden[:, :, None, None, None], 0.0)
     mask = query.new_zeros(is_hidden.shape).masked_fill_(is_hidden, -torch.inf)
-    out, lse = _flash(query, key_value[:, :, 0], key_value[:, :, 1], mask[:, None, None])
+    out, lse = attend(query, key_value[:, :, 0], key_value[:, :, 1], mask[:, None, None])
     return Attended(out=out, lse=lse.masked_fill((num_keys == 0)[:, None, None], -torch.inf))
 
 
@@ -136,15 +140,3 @@ def _halve(
         return functional.conv2d(x, weight, bias, stride=2, padding=1)
     out: Tensor = PackedHalve(weight, bias)(x)
     return out
-
-
-def _flash(
-    query: Float[Tensor, "b token head dim"],
-    key: Float[Tensor, "b key head dim"],
-    value: Float[Tensor, "b key head dim"],
-    mask: Float[Tensor, "b 1 1 key"] | None,
-) -> Attended:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
-    )
-    return Attended(out=out.transpose(1, 2), lse=lse.transpose(1, 2))

@@ -15,9 +15,11 @@ def attend(
     query: Float[Tensor, "b token head dim"],
     key: Float[Tensor, "b key head dim"],
     value: Float[Tensor, "b key head dim"],
+    mask: Float[Tensor, "#b 1 1 key"] | None = None,
 ) -> Attended:
-    """Every token asks every key."""
-    return _attend(_scores(query, key), value, query.dtype)
+    """Every token asks every key; `mask` is added to the scores."""
+    scores = _scores(query, key) if mask is None else _scores(query, key) + mask.float()
+    return _attend(scores, value, query.dtype)
 
 
 def merge(*parts: Attended) -> Attended:

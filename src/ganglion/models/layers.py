@@ -9,6 +9,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ganglion.kernels import cpu
+
 
 class ConvStem(nn.Module):
     """Pixels of one view -> tokens: stride-2 3x3 convolutions, each with a norm over channels and SiLU."""
@@ -42,16 +44,13 @@ def attend(
     mask: Float[Tensor, "1 1 1 key"] | None = None,
 ) -> Float[Tensor, "b token head*dim"]:
     """Full attention of every token to every key; `mask` is added to the scores."""
+    if not torch.is_grad_enabled():
+        return cpu.attend(query, key, value, mask).out.flatten(2)
+    # the fused op's gradient is five times slower on a CPU than these two products
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if (
-        torch.is_grad_enabled()
-    ):  # the fused op's gradient is five times slower on a CPU than these two products
-        scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
-        scores = scores if mask is None else scores + mask
-        out = torch.matmul(scores.softmax(dim=-1), value)
-    else:
-        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return out.transpose(1, 2).flatten(2)
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
+    scores = scores if mask is None else scores + mask
+    return torch.matmul(scores.softmax(dim=-1), value).transpose(1, 2).flatten(2)
 
 
 class Linear(nn.Linear):
@@ -87,8 +86,8 @@ class Block(nn.Module):
         width = self.num_heads * self.head_dim
         query, key_value = self.qkv(self.attention_norm(x)).split((width, 2 * width), dim=-1)
         return (
-            query.unflatten(-1, (self.num_heads, self.head_dim)),
-            key_value.unflatten(-1, (2, self.num_heads, self.head_dim)),
+            query.view(*x.shape[:2], self.num_heads, self.head_dim),
+            key_value.view(*x.shape[:2], 2, self.num_heads, self.head_dim),
         )
 
     def finish(
