@@ -1,5 +1,7 @@
 """The control loop in simulated time: a scripted server, a world that counts, and what is measured."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,8 @@ class StageLink:
         self.clock, self.latency_s = clock, latency_s
         self.metadata = METADATA
         self.silent_s = (1e9, 1e9)
+        self.broken_s = (1e9, 1e9)  # chunks of observations between them are NaN
+        self.drops: set[int] = set()  # observations that are lost with their connection
         self.sent: list[dict] = []
         self.fails: dict[int, ErrorCode] = {}
         self._on_air: list[tuple[float, object]] = []
@@ -90,10 +94,16 @@ class StageLink:
         now_s = self.clock.now_s()
         if self.silent_s[0] <= now_s < self.silent_s[1]:
             return True
+        if index in self.drops:
+            self.num_reconnects += 1
+            return True
         if index in self.fails:
             answer = ReplyError("no", code=self.fails[index], seq=index)
         else:
-            answer = Answered(sent=sent, reply=self._reply(index, sent.tick))
+            reply = self._reply(index, sent.tick)
+            if self.broken_s[0] <= now_s < self.broken_s[1]:
+                reply.actions.fill(np.nan)
+            answer = Answered(sent=sent, reply=reply)
         self._on_air.append((now_s + self.latency_s, answer))
         return True
 
@@ -115,6 +125,23 @@ class StageLink:
             is_prompt_overridden=False, is_deadline_met=True, model_version="v1", context_version=0,
             batch_size=1, timing=NO_TIME, server_ms=1.0, round_trip_ms=self.latency_s * 1e3,
         )  # fmt: skip
+
+
+class StageSide:
+    """Somebody looks at the arm all the time."""
+
+    def __init__(self, clock) -> None:
+        self._clock = clock
+        self.shown_s: list[float] = []
+
+    def wants_telemetry(self) -> bool:
+        return False
+
+    def wants_view(self) -> bool:
+        return True
+
+    def offer_view(self, pixels) -> None:
+        self.shown_s.append(self._clock.now_s())
 
 
 class Stage:
@@ -196,6 +223,18 @@ def test_where_nobody_may_resume_the_arm_stays_and_the_next_episode_says_why():
     assert stage.run().num_safe_stops == 0
 
 
+def test_only_a_good_chunk_leaves_safe_stop():
+    stage = Stage(max_ticks=70)
+    stage.link.silent_s, stage.link.broken_s = (101.0, 102.0), (102.0, 1e9)
+    result = stage.run()
+    assert stage.loop.mode is Mode.SAFE_STOP
+    assert result.num_safe_stops == 1
+    last_s, _ = stage.world.applied[-1]
+    assert last_s > 103.0, "broken chunks came for a second"
+    stage.link.broken_s = (1e9, 1e9)
+    assert stage.run().num_safe_stops == 0
+
+
 def test_an_episode_ends_some_ticks_after_success():
     result = Stage(solved_at=10).run()
     assert (result.is_success, result.success_tick, result.num_ticks) == (True, 10, 15)
@@ -227,6 +266,54 @@ def test_lockstep_waits_for_every_chunk_and_uses_it_a_tick_later():
     assert [action[0] for _, action in stage.world.applied] == pytest.approx(
         (np.arange(60) / 1000).tolist(), abs=1e-6
     )
+
+
+def test_lockstep_uses_no_chunk_of_before_a_reconnect():
+    stage = Stage(pace=Pace.LOCKSTEP, latency_s=0.02, delay_ticks=3)
+    stage.link.drops = {2}  # sent at tick 4, while the chunk of tick 1 is still to be used
+    result = stage.run()
+    assert result.num_reconnects == 1
+    assert stage.loop.counts.outdated == 1
+    assert (result.num_ticks, result.num_holds) == (60, 0)
+
+
+def watched(stage: Stage, cost_s: dict[int, float]) -> list[int]:
+    """Let people watch; view n takes `cost_s[n]`, others 10 ms. Counts views in the list's item."""
+    num_views = [0]
+
+    def view(view_px: int):
+        num_views[0] += 1
+        stage.clock.advance(cost_s.get(num_views[0], 0.01))
+        return np.zeros((view_px, view_px, 3), np.uint8)
+
+    stage.arm = replace(stage.arm, view=view)
+    return num_views
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_the_slow_first_view_of_a_world_stalls_no_tick(is_late):
+    stage = Stage()
+    side = StageSide(stage.clock)
+    watched(stage, {1: 0.8})
+    if is_late:
+        stage.run()
+        stage.world.applied.clear()
+    stage.loop.attach(side)
+    result = stage.run()
+    times = [at for at, _ in stage.world.applied]
+    assert np.diff(times) == pytest.approx(PERIOD_S)
+    assert (result.num_overruns, result.num_misses) == (0, 0)
+    assert len(side.shown_s) == 60
+
+
+def test_one_slow_view_does_not_end_them_all():
+    stage = Stage()
+    side = StageSide(stage.clock)
+    watched(stage, {10: 2.0})
+    stage.loop.attach(side)
+    stage.run()
+    assert max(np.diff(side.shown_s)) < 2.2
+    assert len(side.shown_s) > 50
 
 
 def test_the_plan_names_seed_and_instruction():

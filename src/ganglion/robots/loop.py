@@ -114,6 +114,7 @@ class RobotLoop:
         self._latency_ms: float | None = None
         self._num_episodes = self._num_successes = 0
         self._fitting: dict[str, Arm] = {}  # the served policy is made for them
+        self._warm: dict[str, Arm] = {}  # their view for people has its renderer
 
     @property
     def counts(self) -> QueueCounts:
@@ -133,6 +134,19 @@ class RobotLoop:
         """Leave SAFE_STOP."""
         self._queue.resume()
 
+    def prepare(self, arm: Arm, plan: EpisodePlan) -> None:
+        """Set the episode's scene; a world's first time, make its renderers too. Raises FieldError.
+
+        For robots that shall start together; `run_episode` does it by itself.
+        """
+        arm.world.reset(plan.seed)
+        if self._fitting.get(arm.name) is not arm:
+            check_policy_fits(self._link.metadata, arm)
+            self._fitting[arm.name] = arm
+        if self._side is not None and self._warm.get(arm.name) is not arm:
+            self._warm_up(arm)
+            self._warm[arm.name] = arm
+
     def run_episode(self, arm: Arm, plan: EpisodePlan) -> EpisodeResult | None:
         """Run one episode to its end; None when told to stop. Raises what no waiting mends."""
         if arm.embodiment != self._embodiment:
@@ -146,11 +160,7 @@ class RobotLoop:
             prompt=prompt,
         )
         before, num_reconnects = asdict(self._queue.counts), self._num_reconnects
-        arm.world.reset(plan.seed)
-        if self._fitting.get(arm.name) is not arm:
-            check_policy_fits(self._link.metadata, arm)
-            self._fitting[arm.name] = arm
-            self._warm_up(arm)
+        self.prepare(arm, plan)
         self._restart()
         wait_start_s = self._clock.now_s()
         if not self._await_first_chunk(arm, result):
@@ -276,6 +286,7 @@ class RobotLoop:
         end_s = self._link.clock.now_s() + self._config.first_chunk_s
         while not self._should_stop():
             answer = self._link.poll(RETRY_S)
+            self._note_reconnect()
             if isinstance(answer, ReplyError):
                 self._take(answer, result)
                 return
@@ -291,14 +302,17 @@ class RobotLoop:
                 return  # lost with its connection: the next observation asks again
 
     def _take(self, answer: Answered | ReplyError | None, result: EpisodeResult) -> None:
-        if self._link.num_reconnects != self._num_reconnects:
-            self._num_reconnects = self._link.num_reconnects
-            self._queue.fence()  # the first chunk from here on rests on a new observation
+        self._note_reconnect()
         if isinstance(answer, ReplyError):
             result.add_error(answer.code.value)
             logger.info("robot %s: %s", self._link.robot_id, answer)
         elif answer is not None:
             self._offer(answer, result)
+
+    def _note_reconnect(self) -> None:
+        if self._link.num_reconnects != self._num_reconnects:
+            self._num_reconnects = self._link.num_reconnects
+            self._queue.fence()  # the first chunk from here on rests on a new observation
 
     def _offer(self, answer: Answered, result: EpisodeResult) -> None:
         reply, sent = answer.reply, answer.sent
@@ -308,17 +322,21 @@ class RobotLoop:
         result.add_sample("server", reply.server_ms)
         for stage in ("queue", "perceive", "generate", "wait", "infer"):
             result.add_sample(stage, getattr(reply.timing, f"{stage}_ms"))
-        if self._queue.mode is Mode.SAFE_STOP and self._config.on_safe_stop is OnSafeStop.RESUME:
-            self._queue.resume()
-        verdict = self._queue.offer(
-            Chunk(
-                actions=reply.actions,
-                obs_tick=sent.tick,
-                obs_s=sent.obs_s,
-                version=reply.model_version,
-            ),
-            now_s=self._clock.now_s(),
+        chunk = Chunk(
+            actions=reply.actions,
+            obs_tick=sent.tick,
+            obs_s=sent.obs_s,
+            version=reply.model_version,
         )
+        now_s = self._clock.now_s()
+        may_resume = self._config.on_safe_stop is OnSafeStop.RESUME
+        if (
+            may_resume
+            and self._queue.mode is Mode.SAFE_STOP
+            and self._queue.is_good(chunk, now_s=now_s)
+        ):
+            self._queue.resume()  # the server is back; the next observation's chunk moves the arm
+        verdict = self._queue.offer(chunk, now_s=now_s)
         if verdict is Verdict.REFUSED:
             logger.warning("robot %s: refused chunk %d", self._link.robot_id, reply.seq)
 
@@ -375,11 +393,11 @@ class RobotLoop:
 
     def _warm_up(self, arm: Arm) -> None:
         """The first view of a world makes its renderer, which takes many ticks: not while the arm moves."""
-        if self._side is not None and arm.view is not None:
+        if arm.view is not None:
             arm.view(VIEW_PX)
             start_s = self._clock.now_s()
             arm.view(VIEW_PX)
-            self._view_cost_s = self._clock.now_s() - start_s
+            self._view_cost_s = min(self._clock.now_s() - start_s, self._period_s)
 
     def _show(self, arm: Arm, deadline_s: float) -> None:
         """Render for people, only when it fits into what is left of this tick."""
@@ -390,7 +408,8 @@ class RobotLoop:
             self._view_cost_s *= 0.99  # one slow view must not end them all
             return
         self._side.offer_view(arm.view(VIEW_PX))
-        self._view_cost_s += 0.2 * (self._clock.now_s() - start_s - self._view_cost_s)
+        cost_s = min(self._clock.now_s() - start_s, self._period_s)  # a stall is no forecast
+        self._view_cost_s += 0.2 * (cost_s - self._view_cost_s)
 
 
 def check_policy_fits(metadata: Mapping[str, Any], arm: Arm) -> None:

@@ -169,6 +169,11 @@ class ActionQueue:
                 pass
         return verdict
 
+    def is_good(self, chunk: Chunk, *, now_s: float) -> bool:
+        """Is it valid, wanted and fresh enough to be executed, whatever the mode? Changes nothing."""
+        is_wanted = chunk.obs_tick >= self._min_obs_tick
+        return is_wanted and self._is_valid(chunk.actions) and not self._is_late(chunk, now_s)
+
     def step(self, tick: int, *, now_s: float, measured: Float32Array | None = None) -> Command:
         """The command of control tick `tick`; ticks strictly rise. `measured`: where a POSITION arm is now."""
         assert tick >= self._next_tick, f"tick {tick} after tick {self._next_tick - 1}"
@@ -225,11 +230,14 @@ class ActionQueue:
             return Verdict.REFUSED
         if self._chunk is not None and chunk.version != self._chunk.version:
             self._chunk = None  # the old policy's plan ends here, even if the new one's is late
-        is_too_old = now_s - chunk.obs_s > self._config.max_age_s
-        if is_too_old or chunk.obs_tick + len(chunk.actions) <= self._next_tick:
+        if self._is_late(chunk, now_s):
             return Verdict.LATE
         assert chunk.obs_tick <= self._next_tick, f"chunk of tick {chunk.obs_tick}, not yet seen"
         return Verdict.ACCEPTED
+
+    def _is_late(self, chunk: Chunk, now_s: float) -> bool:
+        is_too_old = now_s - chunk.obs_s > self._config.max_age_s
+        return is_too_old or chunk.obs_tick + len(chunk.actions) <= self._next_tick
 
     def _is_valid(self, actions: Float32Array) -> bool:
         if actions.dtype != np.float32 or actions.ndim != 2 or actions.shape[1] != self._dim:
