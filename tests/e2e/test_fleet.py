@@ -153,6 +153,75 @@ def test_stop_ends_running_robots_at_once_and_is_no_failure(server):
         fleet.kill("nobody")
 
 
+def test_a_callers_defect_ends_its_robot_and_says_so(server):
+    def on_result(result):
+        raise RuntimeError("no room for results")
+
+    def next_plan(robot):
+        raise ValueError("no plan for you")
+
+    config = config_for(server.ws_url, "a", max_ticks=2)
+    plans = own_episodes([["pusht"]], first_seed=0, num_episodes=None)
+    for fleet in (Fleet(config, plans, on_result=on_result), Fleet(config, next_plan)):
+        with fleet:
+            assert fleet.wait(LIMIT_S)
+            status = fleet.statuses()[0]
+        assert not status.is_alive
+        assert not is_alive(status.pid)
+        assert "no room for results" in status.failure or "no plan for you" in status.failure
+
+
+def test_a_fleet_that_cannot_start_leaves_no_robot(server, monkeypatch):
+    pids = []
+    popen = subprocess.Popen
+
+    def start_one(*args, **kwargs):
+        if pids:
+            raise OSError("no more processes")
+        process = popen(*args, **kwargs)
+        pids.append(process.pid)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start_one)
+    plans = own_episodes([["pusht"], ["pusht"]], first_seed=0, num_episodes=None)
+    with pytest.raises(OSError, match="no more"):
+        Fleet(config_for(server.ws_url, "a", "b"), plans).start()
+    assert len(pids) == 1
+    assert not is_alive(pids[0])
+
+
+def test_a_common_start_waits_for_all_that_live():
+    config = FleetConfig(
+        url="ws://127.0.0.1:9", robots=("a", "late", "dead"), has_common_start=True
+    )
+    fleet = Fleet(config, own_episodes([["pusht"]] * 3, first_seed=0, num_episodes=1))
+    waiting = threading.Thread(target=fleet.await_start)
+    waiting.start()
+    for index in (0, 2):
+        fleet.note_prepared(index)
+        waiting.join(0.1)
+        assert waiting.is_alive()
+    fleet.note_prepared(1)
+    waiting.join(LIMIT_S)
+    assert not waiting.is_alive()
+
+
+def test_with_a_common_start_nobody_moves_before_all_are_ready_and_the_dead_hold_nobody_up():
+    plans = own_episodes([["pusht"]] * 3, first_seed=0, num_episodes=None)
+    with FakeService(SPEC) as service, ServerThread(service) as server:
+        config = config_for(server.ws_url, "a", "late", "dead", max_ticks=100_000)
+        with Fleet(replace(config, has_common_start=True), plans) as fleet:
+            late_pid = fleet.statuses()[1].pid
+            os.kill(late_pid, signal.SIGSTOP)
+            fleet.kill("dead")
+            until(lambda: not fleet.statuses()[2].is_alive)
+            threading.Event().wait(3.0)
+            assert not service.received
+            os.kill(late_pid, signal.SIGCONT)
+            until(lambda: all(robot.mode == "run" for robot in fleet.statuses()[:2]))
+            fleet.stop()
+
+
 PARENT = """
 import json, sys, threading
 from ganglion.robots.fleet import Fleet, FleetConfig, own_episodes
@@ -183,6 +252,16 @@ def test_a_policy_for_another_robot_is_named():
         failure = run_fleet(config_for(server.ws_url, "a"), plans).failures[0].failure
     assert "observation.images.corner: expected [64, 64, 3]" in failure
     assert "pusht" in failure
+
+
+def test_a_world_renders_in_the_size_that_the_policy_wants():
+    small = replace(SPEC, views=(ViewSpec(key="observation.image", height=64, width=64),))
+    plans = own_episodes([["pusht"]], first_seed=0, num_episodes=1)
+    with FakeService(small) as service, ServerThread(service) as server:
+        result = run_fleet(config_for(server.ws_url, "a"), plans)
+        shapes = {seen.images["observation.image"].shape for seen in service.received}
+    assert result.failures == ()
+    assert shapes == {(64, 64, 3)}
 
 
 def test_metaworld_arms_run_under_their_instructions():

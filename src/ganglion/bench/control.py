@@ -18,13 +18,11 @@ from ganglion.plan.hardware import read_hardware
 from ganglion.robots.episode import EpisodePlan, EpisodeResult
 from ganglion.robots.fleet import FleetConfig, run_fleet, shared_episodes
 from ganglion.robots.loop import LoopConfig, Pace
-from ganglion.robots.metaworld import TASKS
+from ganglion.robots.metaworld import TASKS, UNSEEN_SEEDS
 from ganglion.serve.app import ServerThread
 
 NUM_ARMS = 4
 RATE_HZ = 20.0
-FIRST_UNSEEN_SEED = 10_000  # training uses 0..9,999
-NUM_SEEDS = 20
 # stage of EpisodeResult.stages_ms -> how the results call it
 STAGES = {
     "render": "robot: render two views",
@@ -40,8 +38,8 @@ STAGES = {
 
 def run(*, quick: bool, seed: int) -> BenchResult:
     """Every task on unseen seeds in real time, then the wrong instruction, then one arm alone."""
-    num_seeds = 2 if quick else NUM_SEEDS
-    seeds = range(FIRST_UNSEEN_SEED + seed, FIRST_UNSEEN_SEED + seed + num_seeds)
+    num_seeds = 2 if quick else len(UNSEEN_SEEDS)
+    seeds = range(UNSEEN_SEEDS[0] + seed, UNSEEN_SEEDS[0] + seed + num_seeds)
     tasks = tuple(TASKS)[:3] if quick else tuple(TASKS)
     with _server() as (url, detail):
         own = _fly(url, NUM_ARMS, [_plan(task, at) for at in seeds for task in tasks])
@@ -100,6 +98,7 @@ def run(*, quick: bool, seed: int) -> BenchResult:
             "wrong_instruction_success_by_task": wrong,
             "median_ticks_to_success": _median_ticks(own),
             "stages_ms": stages,
+            "wait_ms": percentiles([result.wait_ms for result in own], prefix="{}"),
             "errors": _errors([*own, *alone, *misled]),
             "misses_by_task": {
                 task: sum(r.num_misses for r in own if r.task == task) for task in success
@@ -143,6 +142,7 @@ def _fly(
         url=url,
         robots=tuple(f"arm-{at}" for at in range(num_arms)),
         loop=LoopConfig(rate_hz=RATE_HZ, pace=pace),
+        has_common_start=True,
     )
     result = run_fleet(config, shared_episodes(plans))
     if result.failures or len(result.episodes) != len(plans):

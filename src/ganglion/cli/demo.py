@@ -20,9 +20,8 @@ from ganglion.robots.catalog import check_world
 from ganglion.robots.episode import EpisodeResult
 from ganglion.robots.fleet import Fleet, FleetConfig, FleetResult, own_episodes
 from ganglion.robots.loop import LoopConfig
-from ganglion.robots.metaworld import TASKS
+from ganglion.robots.metaworld import DEMO_SEEDS, TASKS
 
-FIRST_SEED = 30_000  # training used 0..9,999, the published figures 10,000..10,019
 REFRESH_S = 0.5
 
 
@@ -44,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
             api_key=resolved.config.serve.api_key,
             loop=LoopConfig(rate_hz=resolved.config.demo.rate_hz),
             has_side_channel=True,
+            has_common_start=True,
         )
-        plans = own_episodes(worlds, first_seed=FIRST_SEED + args.seed, num_episodes=None)
+        plans = own_episodes(worlds, first_seed=DEMO_SEEDS[0] + args.seed, num_episodes=None)
         announce(served, resolved.config.demo, is_headless=is_headless)
         if not is_headless and not args.no_browser:
             open_browser(served.edge.url)

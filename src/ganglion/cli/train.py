@@ -11,10 +11,10 @@ from tqdm import tqdm
 from ganglion.config import PolicyConfig
 from ganglion.errors import FieldError
 from ganglion.models.registry import policy_folder
+from ganglion.robots.metaworld import UNSEEN_SEEDS
 from ganglion.train.corrections import CorrectConfig, correct
 from ganglion.train.demonstrations import CollectConfig, CollectProgress, collect, plan_shards
 from ganglion.train.evaluate import (
-    UNSEEN_SEEDS,
     EvaluateConfig,
     Instruction,
     TaskResult,

@@ -3,7 +3,7 @@
 Called by `robots.runner` and by whoever checks a name. Simulators are imported only when a world is opened.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ganglion.errors import FieldError
@@ -17,6 +17,7 @@ METAWORLD_ARM = Embodiment(
     action_high=(1.0,) * 4,
     kept_dims=(3,),  # the gripper
 )
+MAX_VIEW_PX = 480  # MuJoCo's own off-screen buffer is 640 x 480
 PUSHT_ARM = Embodiment(kind=ActionKind.POSITION, action_low=(0.0, 0.0), action_high=(512.0, 512.0))
 
 
@@ -46,17 +47,31 @@ def check_world(name: str) -> None:
         raise FieldError("world", expected=f"{world_name} without a task", got=repr(name))
 
 
-def open_arm(name: str) -> Arm:
-    """Open the world called `name`. Raises FieldError, MissingDependencyError."""
+def open_arm(name: str, *, views: Mapping[str, Sequence[int]] | None = None) -> Arm:
+    """Open the world called `name`. Raises FieldError, MissingDependencyError.
+
+    `views`: what the policy wants to see, key -> [height, width, 3]. A world that cannot render that keeps its own size:
+    `robots.loop` says then what does not fit.
+    """
     check_world(name)
     world_name, _, task = name.partition(":")
-    return WORLDS[world_name](name, task)
+    return WORLDS[world_name](name, task, views or {})
 
 
-def _open_metaworld(name: str, task: str) -> Arm:
-    from ganglion.robots.metaworld import MetaWorld
+def _wanted_px(views: Mapping[str, Sequence[int]], keys: Sequence[str], own_px: int) -> int:
+    """The side of the square that all of `keys` are wanted in; `own_px` when that cannot be."""
+    shapes = {tuple(views.get(key, ())) for key in keys}
+    match shapes.pop() if len(shapes) == 1 else ():
+        case (int(height), int(width), 3) if height == width and 0 < height <= MAX_VIEW_PX:
+            return height
+        case _:
+            return own_px
 
-    world = MetaWorld(task=task)
+
+def _open_metaworld(name: str, task: str, views: Mapping[str, Sequence[int]]) -> Arm:
+    from ganglion.robots.metaworld import VIEW_KEYS, VIEW_PX, MetaWorld
+
+    world = MetaWorld(task=task, view_px=_wanted_px(views, VIEW_KEYS, VIEW_PX))
     return Arm(
         name=name,
         world_name="metaworld",
@@ -68,10 +83,10 @@ def _open_metaworld(name: str, task: str) -> Arm:
     )
 
 
-def _open_pusht(name: str, task: str) -> Arm:
-    from ganglion.robots.pusht import PushT
+def _open_pusht(name: str, task: str, views: Mapping[str, Sequence[int]]) -> Arm:
+    from ganglion.robots.pusht import VIEW_KEY, VIEW_PX, PushT
 
-    world = PushT()
+    world = PushT(view_px=_wanted_px(views, (VIEW_KEY,), VIEW_PX))
     return Arm(
         name=name,
         world_name="pusht",
@@ -83,7 +98,7 @@ def _open_pusht(name: str, task: str) -> Arm:
     )
 
 
-WORLDS: dict[str, Callable[[str, str], Arm]] = {
+WORLDS: dict[str, Callable[[str, str, Mapping[str, Sequence[int]]], Arm]] = {
     "metaworld": _open_metaworld,
     "pusht": _open_pusht,
 }

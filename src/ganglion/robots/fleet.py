@@ -26,11 +26,12 @@ from ganglion.errors import FieldError
 from ganglion.robots.catalog import check_world
 from ganglion.robots.episode import EpisodePlan, EpisodeResult
 from ganglion.robots.loop import LoopConfig
-from ganglion.robots.runner import RunnerConfig
+from ganglion.robots.runner import END, START, RunnerConfig
 
 logger = logging.getLogger(__name__)
 
 STOP_S = 8.0  # more than a runner's grace
+COMMON_START_S = 120.0  # at most so long robots wait for each other
 MAX_STDERR_LINES = 20
 SINGLE_THREADED = dict.fromkeys(
     (
@@ -58,6 +59,7 @@ class FleetConfig:
     cores: tuple[tuple[int, ...], ...] = ()
     niceness: int = 0
     connect_s: float = 30.0  # how long robots try to reach the server at their start
+    has_common_start: bool = False  # first episodes begin when all scenes are ready
 
     def __post_init__(self) -> None:
         if not self.robots or len(set(self.robots)) != len(self.robots):
@@ -161,13 +163,19 @@ class Fleet:
         self._plan_lock = threading.Lock()
         self._results: list[EpisodeResult] = []
         self._robots: list[_Robot] = []
+        self._unprepared = set(range(len(config.robots)))  # for whose scenes the others wait
+        self._prepared = threading.Condition()
         self._is_stopping = False
 
     def start(self) -> None:
-        """Start every process."""
-        for index, robot_id in enumerate(self._config.robots):
-            robot = _Robot(robot_id, index, self._runner_config(index), self)
-            self._robots.append(robot)
+        """Start every process. When one cannot be started, the others are stopped."""
+        try:
+            for index, robot_id in enumerate(self._config.robots):
+                robot = _Robot(robot_id, index, self._runner_config(index), self)
+                self._robots.append(robot)
+        except BaseException:
+            self.stop()
+            raise
 
     def results(self) -> tuple[EpisodeResult, ...]:
         """Episodes that ended so far, in order of their end."""
@@ -210,6 +218,8 @@ class Fleet:
     def stop(self) -> None:
         """End all robots: each within a tick, hard after some seconds. Returns when they are gone."""
         self._is_stopping = True
+        with self._prepared:
+            self._prepared.notify_all()
         for robot in self._robots:
             robot.hang_up()
         self.wait(STOP_S)
@@ -238,6 +248,23 @@ class Fleet:
             return None
         with self._plan_lock:
             return self._next_plan(index)
+
+    def note_prepared(self, index: int) -> None:
+        """A robot's scene is ready, or it has ended: the others need not wait for it."""
+        with self._prepared:
+            self._unprepared.discard(index)
+            self._prepared.notify_all()
+
+    def await_start(self) -> None:
+        """With a common start: until every robot is prepared, has ended, or the fleet stops."""
+        if not self._config.has_common_start:
+            return
+        with self._prepared:
+            is_complete = self._prepared.wait_for(
+                lambda: not self._unprepared or self._is_stopping, COMMON_START_S
+            )
+        if not is_complete:
+            logger.warning("started without %d robots that were not ready", len(self._unprepared))
 
     def take_result(self, robot: "_Robot", result: EpisodeResult) -> None:
         """An episode ended."""
@@ -301,6 +328,27 @@ class _Robot:
             self.process.stdin.close()
 
     def _serve(self) -> None:
+        try:
+            failure = self._answer()
+        except Exception as error:  # of a caller's function, of a broken line: ends this robot only
+            logger.exception("robot %s: defect while it was answered", self.robot_id)
+            failure = f"ended by its fleet: {type(error).__name__}: {error}"
+            self.process.kill()
+        self._fleet.note_prepared(self._index)
+        code = self.process.wait()
+        self._listener.join()
+        self.hang_up()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        is_wanted = self._is_finished or self._fleet.is_stopping
+        if not failure and (code > 0 or not is_wanted):
+            failure = f"robot process ended with {code}: {' | '.join(self._complaints)}"
+        if failure:
+            logger.warning("robot %s: %s", self.robot_id, failure)
+        self._fleet.update(self, is_alive=False, failure=failure)
+
+    def _answer(self) -> str:
+        """Until the process says nothing any more; returns why it failed, if it said so."""
         assert self.process.stdout is not None
         failure = ""
         for line in self.process.stdout:
@@ -309,7 +357,11 @@ class _Robot:
                 case "ready":
                     plan = self._fleet.plan_for(self._index)
                     self._is_finished = plan is None
-                    self._send(None if plan is None else plan.to_json())
+                    self._send(END if plan is None else plan.to_json())
+                case "prepared":
+                    self._fleet.note_prepared(self._index)
+                    self._fleet.await_start()
+                    self._send(START)
                 case "status":
                     mode, task = body.pop("mode"), body.pop("task")
                     self._fleet.update(self, mode=mode, task=task, counts=body)
@@ -319,16 +371,7 @@ class _Robot:
                     failure = body["error"]
                     if body["next_step"]:
                         failure += f"; next: {body['next_step']}"
-        code = self.process.wait()
-        self._listener.join()
-        self.hang_up()
-        self.process.stdout.close()
-        is_wanted = self._is_finished or self._fleet.is_stopping
-        if not failure and (code > 0 or not is_wanted):
-            failure = f"robot process ended with {code}: {' | '.join(self._complaints)}"
-        if failure:
-            logger.warning("robot %s: %s", self.robot_id, failure)
-        self._fleet.update(self, is_alive=False, failure=failure)
+        return failure
 
     def _send(self, body: Any) -> None:
         assert self.process.stdin is not None

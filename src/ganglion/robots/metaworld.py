@@ -25,8 +25,15 @@ CORNER_KEY = "observation.images.corner"
 GRIPPER_KEY = "observation.images.gripper"
 STATE_KEY = "observation.state"
 VIEW_KEYS = (CORNER_KEY, GRIPPER_KEY)
+VIEW_PX = 80
 STATE_DIM = 4  # hand x, y, z in metres; gripper opening 0..1
 ACTION_DIM = 4  # hand dx, dy, dz; gripper effort; all in [-1, 1]
+
+# Seeds of episodes. No policy was fitted or chosen on the UNSEEN ones: the published figures rest on them.
+TRAINING_SEEDS = range(10_000)
+UNSEEN_SEEDS = range(10_000, 10_020)
+VALIDATION_SEEDS = range(20_000, 20_010)  # for looking while developing
+DEMO_SEEDS = range(30_000, 40_000)
 
 # "corner4" is stock corner2 at the position where LeRobot's Meta-World environment moves it; upside down, so flipped.
 _CORNER_CAMERA = "corner4"
@@ -185,7 +192,7 @@ class Snapshot:
 class MetaWorld:
     """One Sawyer arm with one task. Half of the seeds (the odd ones) of drawers and windows start half open."""
 
-    def __init__(self, *, task: str, view_px: int = 80) -> None:
+    def __init__(self, *, task: str, view_px: int = VIEW_PX) -> None:
         self._task = task_named(task)
         self._task_name = task
         self._view_px = view_px

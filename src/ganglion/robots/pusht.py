@@ -16,6 +16,7 @@ from ganglion.types import Float32Array, UInt8Array
 RATE_HZ = 10.0
 TABLE_PX = 512.0
 VIEW_KEY = "observation.image"
+VIEW_PX = 96
 STATE_KEY = "observation.state"
 STATE_DIM = ACTION_DIM = 2
 PROMPT = "push the T onto the green outline"
@@ -24,7 +25,7 @@ PROMPT = "push the T onto the green outline"
 class PushT:
     """One disc, one T. Solved when 95% of the outline is covered."""
 
-    def __init__(self, *, view_px: int = 96) -> None:
+    def __init__(self, *, view_px: int = VIEW_PX) -> None:
         self._env = _new_env(view_px)
         self._is_solved = False
         self._num_ticks = 0

@@ -1,7 +1,8 @@
 """Runner: one robot as a process of its own: `python -m ganglion.robots.runner`. Started by `robots.fleet`, and only by it.
 
 Lines of JSON: its config and then one plan after another come in on stdin, statuses and results go out on the pipe that
-stdout was. The end of stdin ends it: no robot outlives its fleet. Single-threaded math, because robots share a machine.
+stdout was. Before its first episode it says that it is prepared and waits for the start, which the fleet gives. The end of
+stdin ends it: no robot outlives its fleet. Single-threaded math, because robots share a machine.
 """
 
 import json
@@ -27,6 +28,8 @@ STATUS_S = 0.5
 MAX_OPEN_WORLDS = 4  # opening one takes a second or more, keeping it some 30 MB
 GRACE_S = 5.0  # after the end of stdin; then a robot that hangs is ended hard
 EXIT_DONE, EXIT_FAILED = 0, 1
+START = "start"  # a line among the plans: the first episode may begin
+END = None  # the same: there are no more plans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,7 @@ class Runner:
         self._out_lock = threading.Lock()
         self._next_plan: EpisodePlan | None = None
         self._changed = threading.Condition()
+        self._may_start = False
         self._is_over = threading.Event()
         self._is_done = threading.Event()
         self._arm: Arm | None = None  # of the running episode
@@ -92,7 +96,7 @@ class Runner:
 
     def _run_plan(self, plan: EpisodePlan, link: Link) -> EpisodeResult | None:
         config = self._config
-        arm = self._arm = self._arm_for(plan.world)
+        arm = self._arm = self._arm_for(plan.world, link)
         if self._loop is None:
             clock: Clock = RealClock() if config.loop.pace is Pace.REAL_TIME else SimulatedClock()
             self._loop = RobotLoop(
@@ -113,14 +117,22 @@ class Runner:
                 }
                 self._side = SideChannel(config.url, hello=hello, api_key=config.api_key)
                 self._loop.attach(self._side)
+            self._loop.prepare(arm, plan)
+            self._await_start()
         return self._loop.run_episode(arm, plan)
 
-    def _arm_for(self, world: str) -> Arm:
+    def _await_start(self) -> None:
+        self._say("prepared", {})
+        with self._changed:
+            while not self._may_start and not self._is_over.is_set():
+                self._changed.wait()
+
+    def _arm_for(self, world: str, link: Link) -> Arm:
         arm = self._open_arms.pop(world, None)
         if arm is None:
             while len(self._open_arms) >= MAX_OPEN_WORLDS:
                 self._open_arms.pop(next(iter(self._open_arms))).world.close()
-            arm = open_arm(world)
+            arm = open_arm(world, views=link.metadata.get("views", {}))
         self._open_arms[world] = arm
         return arm
 
@@ -135,10 +147,13 @@ class Runner:
     def _read_plans(self) -> None:
         for line in self._plans:
             body = json.loads(line)
-            if body is None:
+            if body is END:
                 break
             with self._changed:
-                self._next_plan = EpisodePlan.from_json(body)
+                if body == START:
+                    self._may_start = True
+                else:
+                    self._next_plan = EpisodePlan.from_json(body)
                 self._changed.notify()
         with self._changed:
             self._is_over.set()

@@ -22,16 +22,13 @@ from ganglion.robots.metaworld import (
     MAX_TICKS,
     STATE_KEY,
     TASKS,
+    UNSEEN_SEEDS,
     VIEW_KEYS,
     MetaWorld,
     task_named,
 )
 from ganglion.train.actor import Actor, Glance
 from ganglion.types import Float32Array
-
-# Training uses 0..9,999, these stand for the published figures, and 20,000.. is for looking while developing.
-UNSEEN_SEEDS = tuple(range(10_000, 10_020))
-VALIDATION_SEEDS = tuple(range(20_000, 20_010))
 
 
 class Instruction(StrEnum):
@@ -46,7 +43,7 @@ class EvaluateConfig:
     """Which episodes, and how the chunk is used."""
 
     tasks: tuple[str, ...] = tuple(TASKS)
-    seeds: tuple[int, ...] = UNSEEN_SEEDS
+    seeds: tuple[int, ...] = tuple(UNSEEN_SEEDS)
     instruction: Instruction = Instruction.OWN
     ticks_per_chunk: int = 3
     delay_ticks: int = 1
