@@ -82,8 +82,13 @@ def test_rows_at_different_flow_steps_share_a_piece() -> None:
 
 def test_something_always_advances() -> None:
     orders = scheduler().plan([work(1), work(2)], 1)
-    assert len(orders) == 1
-    assert orders[0].rows == (1,)
+    assert [(o.stage.name, o.rows) for o in orders] == [("view", (1, 2))]
+
+
+def test_an_overloaded_server_cuts_units_and_keeps_its_batch() -> None:
+    rows = [work(at, at, (1, 1, 1, 0)) for at in range(8)]
+    orders = scheduler().plan(rows, 1)
+    assert [(len(o.rows), o.num_units) for o in orders] == [(8, 1)]
 
 
 def test_most_urgent_row_goes_first_when_the_budget_is_short() -> None:
@@ -139,7 +144,9 @@ def test_plans_are_sound(
                 cursors_now[request_id][at] += order.num_units
                 assert cursors_now[request_id][at] <= order.stage.num_units
     spent_us = sum(_wave_us(wave) for _, wave in _waves(orders))
-    assert spent_us <= budget_us or len(orders) == 1
+    assert spent_us <= budget_us or {(o.wave, o.stage.name) for o in orders} == {
+        (0, orders[0].stage.name)
+    }, "only the most urgent stage may be forced"
 
 
 def _waves(orders: tuple[PieceOrder, ...]) -> list[tuple[int, list[PieceOrder]]]:

@@ -111,20 +111,16 @@ class DeadlineScheduler:
         *,
         is_forced: bool,
     ) -> list[RequestId]:
-        """The most urgent rows whose smallest piece fits the budget; one row at least when forced."""
+        """All rows of the stage, if their smallest piece fits the budget or is forced; else none.
+
+        A budget cuts units, never rows: fewer rows would cost almost as much and leave the others waiting, so that an
+        overloaded server would get slower still.
+        """
         rows = rows[: self._max_rows]
-        while rows:
-            num_units = 1 if stage.is_divisible else stage.num_units - cursors[rows[0]][at]
-            per_lane = -(-len(rows) // num_open)
-            cost_us = max(
-                1,
-                self._cost.estimate_us(model, stage.name, num_rows=per_lane, num_units=num_units),
-            )
-            if cost_us <= budget_us or (is_forced and len(rows) == 1):
-                break
-            num_affordable = len(rows) * max(budget_us, 0) // cost_us
-            rows = rows[: max(num_affordable, int(is_forced))]
-        return rows
+        num_units = 1 if stage.is_divisible else stage.num_units - cursors[rows[0]][at]
+        per_lane = -(-len(rows) // num_open)
+        cost_us = self._cost.estimate_us(model, stage.name, num_rows=per_lane, num_units=num_units)
+        return rows if is_forced or cost_us <= budget_us else []
 
     def _order(
         self,
