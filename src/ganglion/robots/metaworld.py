@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ganglion.errors import FieldError, MissingDependencyError
+from ganglion.robots.frustum import drop_unseen
 from ganglion.robots.world import Views
 from ganglion.types import Float32Array, UInt8Array
 
@@ -355,6 +356,8 @@ class MetaWorld:
         if renderer is None:
             renderer = self._renderers[view_px] = self._new_renderer(view_px)
         renderer.update_scene(self._env.data, camera=camera)
+        if camera == _GRIPPER_CAMERA:  # the corner camera sees it all
+            drop_unseen(self._mujoco, renderer._scene, self._env.model, self._env.data)
         pixels: UInt8Array = renderer.render()
         return pixels
 
