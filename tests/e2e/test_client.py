@@ -18,7 +18,8 @@ from ganglion.client import (
 )
 from ganglion.clock import RealClock
 from ganglion.config import ServeConfig
-from ganglion.errors import FieldError, WireError
+from ganglion.errors import ErrorCode, FieldError, WireError
+from ganglion.robots.link import Link, Sent
 from ganglion.serve.app import ServerThread
 from ganglion.serve.fake import FakeService
 from ganglion.types import OverridePrompt
@@ -254,6 +255,23 @@ def test_a_broken_answer_is_an_error_not_a_chunk(scripted, answer, error, why):
     url = scripted(OURS, answer)
     with Client(url, robot_id="arm", timeout_s=2) as client, pytest.raises(error, match=why):
         client.infer({STATE: np.zeros(4)}, prompt="")
+
+
+def test_a_broken_answer_is_an_error_of_a_robots_link_which_lives_on(scripted):
+    broken = (b"\xc1", wire.encode({"obs_seq": 1, "actions": np.zeros((3, 4))}))
+    link = Link(
+        scripted(OURS, *broken, wire.encode({"obs_seq": 2, "error": {"code": "overloaded"}})),
+        robot_id="arm",
+    )
+    link.open(timeout_s=2)
+    for code in (ErrorCode.MALFORMED_FRAME, ErrorCode.MALFORMED_FRAME, ErrorCode.OVERLOADED):
+        assert link.send({STATE: np.zeros(4)}, sent=Sent(tick=0, obs_s=0.0), prompt="")
+        answer = link.poll(2.0)
+        assert isinstance(answer, ReplyError)
+        assert answer.code is code
+        assert link.num_in_flight == 0
+    assert link.num_reconnects == 0
+    link.close()
 
 
 def test_a_broken_answer_fails_an_async_call_at_once(scripted):
