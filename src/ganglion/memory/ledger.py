@@ -315,9 +315,10 @@ class Ledger:
             assert book.num_refs[page], f"{layout_name} page {page} is in a table, but nobody's"
             assert book.is_valid[page], f"{layout_name} page {page} is in a table, not committed"
 
-    def stats(self, *, max_live_pages: int = 65_536) -> PoolStats:
-        """A picture for the dashboard; lists at most `max_live_pages` pages, the counts are of all."""
+    def stats(self, *, max_live_pages: int = 2048) -> PoolStats:
+        """A picture for the dashboard; lists at most `max_live_pages` pages, held ones first, the counts are of all."""
         live: list[LivePage] = []
+        cached: list[LivePage] = []
         num_used, num_cached = {}, {}
         for name, book in self._books.items():
             slabs = book.slabs
@@ -325,9 +326,13 @@ class Ledger:
             num_used[name] = slabs.num_open * slabs.pages_per_large - slabs.num_free
             num_used[name] -= slabs.num_parked
             for large in slabs.open_larges():
-                if len(live) >= max_live_pages:
-                    break
-                live += self._live_pages(book, slabs.pages_of(large))
+                pages = slabs.pages_of(large)
+                if len(live) < max_live_pages:
+                    live += self._live_pages(book, [page for page in pages if book.num_refs[page]])
+                if len(live) + len(cached) < max_live_pages:
+                    cached += self._live_pages(
+                        book, [page for page in pages if not book.num_refs[page]]
+                    )
         return PoolStats(
             large_page_bytes=self._layout.large_page_bytes,
             num_large_pages=self._large_pages.num_large_pages,
@@ -339,10 +344,10 @@ class Ledger:
             num_cached_pages=num_cached,
             num_hits=self._num_hits,
             num_misses=self._num_misses,
-            live_pages=tuple(live[:max_live_pages]),
+            live_pages=tuple((live + cached)[:max_live_pages]),
         )
 
-    def _live_pages(self, book: _Book, pages: range) -> list[LivePage]:
+    def _live_pages(self, book: _Book, pages: Sequence[int]) -> list[LivePage]:
         name, kind = book.layout.name, book.layout.kind.value
         return [
             LivePage(

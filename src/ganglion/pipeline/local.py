@@ -173,9 +173,12 @@ class LocalService:
         self._loop.post(command)
 
     def stats(self) -> ServiceStats:
-        if self._clock.now_s() - self._picture.now_s > PICTURE_PERIOD_S:
+        if self._is_picture_old():
             self._loop.post(Refresh())
         return self._picture
+
+    def _is_picture_old(self) -> bool:
+        return self._clock.now_s() - self._picture.now_s > PICTURE_PERIOD_S
 
     def _claim(self, session_id: SessionId, robot_id: RobotId) -> None:
         with self._owners_lock:
@@ -205,14 +208,11 @@ class LocalService:
 
     def _handle(self, message: Message) -> None:
         self._dispatcher.handle(message)
-        if isinstance(message, Refresh):
+        if isinstance(message, Refresh) and self._is_picture_old():
             self._refresh()
 
     def _step(self) -> bool:
-        has_more = self._dispatcher.step()
-        if self._clock.now_s() - self._picture.now_s > PICTURE_PERIOD_S:
-            self._refresh()
-        return has_more
+        return self._dispatcher.step()
 
     def _on_defect(self, error: Exception) -> None:
         self._dispatcher.fail_all(

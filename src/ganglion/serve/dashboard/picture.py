@@ -281,7 +281,8 @@ def _pool(pool: PoolStats) -> dict[str, Any]:
         ],
         "owners": list(owners),
         "pages": pages,  # [large page, place in it, layout, owner, references]
-        "num_hidden": max(0, len(pool.live_pages) - MAX_DRAWN_PAGES),
+        "num_hidden": sum((*pool.num_used_pages.values(), *pool.num_cached_pages.values()))
+        - len(pages),
     }
 
 
