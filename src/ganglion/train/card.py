@@ -23,6 +23,7 @@ class Figures:
     num_samples: int
     num_steps: int
     num_parameters: int
+    notes: str = ""  # what this run did differently from the recipe
 
 
 def mean_success(results: tuple[TaskResult, ...]) -> float:
@@ -80,6 +81,7 @@ states that a half-trained policy reached by itself (DAgger); {figures.num_steps
 weights. Half of the noise draws see 1 to 20 committed actions at flow time 1 (training-time real-time chunking), so the
 policy continues an `action_prefix`. Each task was also told in two other wordings. Training saw object and goal positions
 through an auxiliary head that is not part of the checkpoint.
+{figures.notes}
 
 ## Limits
 One arm, one table, one look: simulated pictures of this renderer only. Other wordings than the trained ones may not be

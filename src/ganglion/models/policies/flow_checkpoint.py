@@ -27,6 +27,7 @@ from ganglion.spec import PolicySpec, ViewSpec
 TYPE = "ganglion_flow"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+_NOT_CONTENT = ("evaluation.json",)  # measured afterwards: it does not change what the policy does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +159,9 @@ def _bounds(path: Path, content: dict[str, Any], key: str, action_dim: int) -> t
 def _content_hash(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(
-        path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors")
+        path.name
+        for path in folder.iterdir()
+        if path.suffix in (".json", ".safetensors") and path.name not in _NOT_CONTENT
     ):
         digest.update(name.encode())
         digest.update((folder / name).read_bytes())

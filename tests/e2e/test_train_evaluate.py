@@ -1,0 +1,95 @@
+"""The recipe's ends, with the shipped policy: closed-loop evaluation, and everything from nothing in miniature."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ganglion.errors import FieldError
+from ganglion.models.policies.flow_checkpoint import load_flow_checkpoint
+from ganglion.models.registry import policy_folder
+from ganglion.robots.metaworld import TASKS
+from ganglion.train.card import CARD_FILE, RESULTS_FILE
+from ganglion.train.corrections import CorrectConfig
+from ganglion.train.demonstrations import CollectConfig
+from ganglion.train.evaluate import EvaluateConfig, Instruction, TaskResult, evaluate
+from ganglion.train.fit import FitConfig
+from ganglion.train.recipe import CorrectionRound, RecipeConfig, Report, run_recipe
+
+SHIPPED = policy_folder("metaworld-ten")
+QUICK = EvaluateConfig(
+    tasks=("drawer-close",), seeds=(20_001, 20_003), max_ticks=200, num_workers=1
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"delay_ticks": 0}, {"delay_ticks": 4, "has_action_prefix": True}],
+    ids=["delayed", "undelayed", "prefix"],
+)
+def test_the_shipped_policy_closes_half_open_drawers(change: dict[str, int | bool]) -> None:
+    heard: list[TaskResult] = []
+    (result,) = evaluate(replace(QUICK, **change), SHIPPED, heard.append)
+    assert heard == [result]
+    assert result.success_rate == 1.0
+    assert all(ticks is not None and ticks > 5 for ticks in result.solved_ticks.values())
+
+
+def test_told_the_opposite_it_does_not() -> None:
+    config = replace(QUICK, instruction=Instruction.OPPOSITE)
+    (result,) = evaluate(config, SHIPPED, lambda _: None)
+    assert result.prompt == "open the drawer"
+    assert result.success_rate == 0.0
+
+
+def test_a_task_without_opposite_is_named() -> None:
+    config = replace(QUICK, tasks=("door-close",), instruction=Instruction.OPPOSITE)
+    with pytest.raises(FieldError, match="tasks: expected tasks with an opposite, got door-close"):
+        evaluate(config, SHIPPED, lambda _: None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_recipe_in_miniature(tmp_path: Path) -> None:
+    config = RecipeConfig(
+        collect=CollectConfig(num_episodes=1, num_hard_episodes=1, num_crossed_episodes=1),
+        fit=FitConfig(num_steps=4, batch_size=8, num_warmup_steps=1, num_steps_per_state=2),
+        rounds=(
+            CorrectionRound(
+                after_step=2,
+                config=CorrectConfig(
+                    num_shards=1,
+                    num_hard_shards=1,
+                    num_crossed_shards=1,
+                    episodes_per_shard=1,
+                    policy_ticks=(3, 6),
+                    max_ticks=12,
+                ),
+            ),
+        ),
+        evaluate=EvaluateConfig(seeds=(20_000,), max_ticks=6),
+    )
+    reports: list[Report] = []
+    out = tmp_path / "out"
+    figures = run_recipe(
+        config,
+        data_dir=tmp_path / "data",
+        run_dir=tmp_path / "run",
+        out_dir=out,
+        on_report=reports.append,
+    )
+    assert len(list((tmp_path / "data").glob("*.npz"))) == 2 * (len(TASKS) + 2)
+    assert figures.num_steps == 4
+    assert load_flow_checkpoint(out).spec.horizon == 48
+    assert all(task in (out / CARD_FILE).read_text() for task in TASKS)
+    assert len(json.loads((out / RESULTS_FILE).read_text())["opposite"]) == 6
+    num_reports = len(reports)
+    run_recipe(
+        config,
+        data_dir=tmp_path / "data",
+        run_dir=tmp_path / "run",
+        out_dir=out,
+        on_report=reports.append,
+    )
+    assert len(reports) - num_reports == 10 + 10 + 6  # nothing is done again but the measuring
