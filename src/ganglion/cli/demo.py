@@ -8,10 +8,12 @@ import sys
 import threading
 import webbrowser
 from pathlib import Path
+from typing import NoReturn
 
 from ganglion.cli.progress import LiveLine, Stages
-from ganglion.cli.server import Served, serving, stop_signal
+from ganglion.cli.server import Served, serving
 from ganglion.cli.settings import resolve
+from ganglion.cli.signals import leave, stop_signal
 from ganglion.cli.tally import Tally, by_task, counted, episode_line, modes, report_failures
 from ganglion.clock import Clock, RealClock
 from ganglion.config import DemoConfig
@@ -25,7 +27,7 @@ from ganglion.robots.metaworld import DEMO_SEEDS, TASKS
 REFRESH_S = 0.5
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> NoReturn:
     """Serve, start the arms, show what they do; 1 when no arm ever moved."""
     clock = RealClock()
     start_s = clock.now_s()
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         Path(args.json).write_text(json.dumps(document, indent=1) + "\n")
     if first_action_s is None and not stopped.is_set():
         raise GanglionError("no arm ever moved", next_step="run ganglion doctor")
-    return 0
+    leave(0)
 
 
 def spread(config: DemoConfig) -> list[list[str]]:

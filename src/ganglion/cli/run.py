@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 from ganglion.cli.settings import read_key
+from ganglion.cli.signals import stop_signal
 from ganglion.cli.tally import Tally, by_task, counted, episode_line, report_failures
 from ganglion.errors import FieldError
 from ganglion.robots.episode import EpisodeResult
-from ganglion.robots.fleet import FleetConfig, own_episodes, run_fleet
+from ganglion.robots.fleet import Fleet, FleetConfig, own_episodes
 from ganglion.robots.loop import LoopConfig
+
+REFRESH_S = 0.2
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
         print(episode_line(result), flush=True)
 
     print(f"{counted(len(names), 'robot')} at {args.rate:g} Hz for {args.url}", file=sys.stderr)
-    result = run_fleet(config, plans, on_result=on_result)
+    with stop_signal() as stopped, Fleet(config, plans, on_result=on_result) as fleet:
+        while not fleet.wait(REFRESH_S) and not stopped.is_set():
+            pass
+        result = fleet.result()
     tally = Tally.of(result)
     if tally.num_ticks:
         print(tally.line())

@@ -2,16 +2,18 @@
 
 import argparse
 import sys
+from typing import NoReturn
 
 import ganglion
 from ganglion.cli.progress import Stages
-from ganglion.cli.server import serving, stop_signal
+from ganglion.cli.server import serving
 from ganglion.cli.settings import resolve
+from ganglion.cli.signals import leave, stop_signal
 from ganglion.clock import RealClock
 from ganglion.spec import PolicySpec
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> NoReturn:
     """Print the settings with their reasons, load, serve, stop cleanly."""
     resolved = resolve(args)
     print(f"ganglion {ganglion.__version__}")
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         )
         stopped.wait()
         print("stopping: robots are told to reconnect (close code 1012)", file=sys.stderr)
-    return 0
+    leave(0)
 
 
 def greeting(spec: PolicySpec, *, http: str, ws: str, has_key: bool) -> str:

@@ -1,11 +1,8 @@
 """Server: a policy behind the edge, in this process: config -> model -> service -> app. Called by serve and demo."""
 
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 
@@ -43,23 +40,3 @@ def serving(config: Config, *, on_stage: Callable[[str], None]) -> Iterator[Serv
             yield Served(service=service, edge=edge, clock=clock)
         finally:
             service.close()
-
-
-@contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
-    stopped = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    before = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
