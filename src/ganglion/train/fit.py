@@ -34,7 +34,7 @@ MODEL = FlowConfig(vocab_size=96)  # what the shipped policy is
 class FitConfig:
     """One training run."""
 
-    num_steps: int = 7200
+    num_steps: int = 7600
     batch_size: int = 64
     num_draws: int = 2  # noise draws per encoded observation: the expert is cheap beside perception
     learning_rate: float = 8e-4
