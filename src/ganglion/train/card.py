@@ -75,7 +75,7 @@ only the words tell these tasks apart.
 Worst task, delayed: {_percent(worst)}. Episode by episode: {RESULTS_FILE}.
 
 ## Recipe
-`ganglion train all` repeats it: {figures.num_samples:,} samples from Meta-World's scripted experts under execution noise
+`ganglion train` has its parts: {figures.num_samples:,} samples from Meta-World's scripted experts under execution noise
 (sigma 0, 0.3, 0.6), each labelled with the expert's own noise-free next 48 actions from that state; a second round on
 states that a half-trained policy reached by itself (DAgger); {figures.num_steps:,} steps of 64 samples, AdamW, averaged
 weights. Half of the noise draws see 1 to 20 committed actions at flow time 1 (training-time real-time chunking), so the
