@@ -10,9 +10,12 @@ from tqdm import tqdm
 
 from ganglion.config import PolicyConfig
 from ganglion.errors import FieldError
-from ganglion.models.registry import policy_folder
+from ganglion.models.policies.flow_checkpoint import load_flow_checkpoint
+from ganglion.models.registry import DTYPES, policy_folder
 from ganglion.robots.metaworld import UNSEEN_SEEDS
+from ganglion.train.card import CARD_FILE, Figures, mean_success, write_card
 from ganglion.train.corrections import CorrectConfig, correct
+from ganglion.train.dataset import Dataset
 from ganglion.train.demonstrations import CollectConfig, CollectProgress, collect, plan_shards
 from ganglion.train.evaluate import (
     EvaluateConfig,
@@ -21,7 +24,7 @@ from ganglion.train.evaluate import (
     ambiguous_tasks,
     evaluate,
 )
-from ganglion.train.fit import FitConfig, FitProgress, fit
+from ganglion.train.fit import FitConfig, FitProgress, averaged_policy, fit
 from ganglion.train.ship import ship
 
 CHECKPOINT = "checkpoint"  # folder in --run that `fit` writes and `evaluate` reads
@@ -121,24 +124,55 @@ def run_evaluate(args: argparse.Namespace) -> None:
     num_seeds = args.eval_episodes or len(UNSEEN_SEEDS)
     seeds = tuple(range(UNSEEN_SEEDS[0], UNSEEN_SEEDS[0] + num_seeds))
     own = EvaluateConfig(seeds=seeds, num_workers=args.workers)
-    opposite = replace(own, instruction=Instruction.OPPOSITE, tasks=ambiguous_tasks())
-    found: dict[str, dict[str, float]] = {}
+    runs = {
+        "own instruction": own,
+        "own instruction, chunks without delay": replace(own, delay_ticks=0),
+        "opposite instruction": replace(
+            own, instruction=Instruction.OPPOSITE, tasks=ambiguous_tasks()
+        ),
+    }
     print(f"{folder}: {num_seeds} unseen seeds of each task")
-    for config in (own, opposite):
-        print(f"{'task':<24} {'told':<52} {'success':>8} {'ticks':>7}")
-
-        def on_result(result: TaskResult) -> None:
-            told = result.prompt
-            ticks = "-" if result.success_rate == 0 else f"{result.mean_ticks:.0f}"
-            print(f"{result.task:<24} {told:<52} {result.success_rate:>8.2f} {ticks:>7}")
-            sys.stdout.flush()
-
-        results = evaluate(config, folder, on_result)
-        rates = {result.task: result.success_rate for result in results}
-        found[config.instruction.value] = rates
-        mean, worst = sum(rates.values()) / len(rates), min(rates.values())
-        print(f"{config.instruction.value} instruction: mean {mean:.3f}, lowest {worst:.2f}\n")
+    found = {name: evaluate_one(name, config, folder) for name, config in runs.items()}
     if args.json:
+        success = {
+            name: {result.task: result.success_rate for result in results}
+            for name, results in found.items()
+        }
         Path(args.json).write_text(
-            json.dumps({"num_seeds": num_seeds, "success": found}, indent=1) + "\n"
+            json.dumps({"num_seeds": num_seeds, "success": success}, indent=1) + "\n"
         )
+    if folder == fitted:
+        delayed, undelayed, opposite = found.values()
+        figures = Figures(
+            delayed=delayed,
+            undelayed=undelayed,
+            opposite=opposite,
+            delay_ticks=own.delay_ticks,
+            num_flow_steps=own.num_flow_steps,
+            num_samples=len(Dataset(Path(args.data))),
+            num_steps=averaged_policy(Path(args.run)).step,
+            num_parameters=num_parameters(folder),
+        )
+        write_card(figures, folder)
+        print(f"model card: {folder / CARD_FILE}")
+
+
+def evaluate_one(name: str, config: EvaluateConfig, folder: Path) -> tuple[TaskResult, ...]:
+    """One table of success."""
+    print(f"\n{name}\n{'task':<24} {'told':<52} {'success':>8} {'ticks':>7}")
+
+    def on_result(result: TaskResult) -> None:
+        ticks = "-" if result.success_rate == 0 else f"{result.mean_ticks:.0f}"
+        print(f"{result.task:<24} {result.prompt:<52} {result.success_rate:>8.2f} {ticks:>7}")
+        sys.stdout.flush()
+
+    results = evaluate(config, folder, on_result)
+    worst = min(result.success_rate for result in results)
+    print(f"mean {mean_success(results):.3f}, lowest {worst:.2f}")
+    return results
+
+
+def num_parameters(folder: Path) -> int:
+    """Of the policy in `folder`."""
+    checkpoint = load_flow_checkpoint(folder, dtype=DTYPES["float32"])
+    return sum(parameter.numel() for parameter in checkpoint.policy.parameters())
