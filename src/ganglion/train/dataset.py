@@ -61,17 +61,12 @@ class Dataset:
 
     def __init__(self, data_dir: Path, statistics: Statistics | None = None) -> None:
         paths = sorted(data_dir.glob("*.npz"))
-        if not paths:
-            raise FieldError(
-                "data_dir",
-                expected="shards (*.npz)",
-                got=f"none in {data_dir}",
-                next_step="run: ganglion train collect",
-            )
         names = tuple(TASKS)
         parts: dict[str, list[npt.NDArray[np.generic]]] = {}
         for path in paths:
             with np.load(path) as shard:
+                if "state" not in shard:
+                    continue  # the expert failed in all of its episodes
                 for key in ("corner", "gripper", "state", "privileged", "chunk"):
                     parts.setdefault(key, []).append(shard[key])
                 num_rows = len(shard["state"])
@@ -79,6 +74,13 @@ class Dataset:
             parts.setdefault("task", []).append(np.full(num_rows, names.index(task)))
             parts.setdefault("is_demonstration", []).append(
                 np.full(num_rows, kind in DEMONSTRATION_KINDS)
+            )
+        if not parts:
+            raise FieldError(
+                "data_dir",
+                expected="shards (*.npz) with samples",
+                got=f"none in {data_dir}",
+                next_step="run: ganglion train collect",
             )
         self.num_shards = len(paths)
         self._views = tuple(np.concatenate(parts.pop(key)) for key in ("corner", "gripper"))

@@ -169,8 +169,9 @@ def _collect_shard(order: tuple[CollectConfig, ShardPlan, str]) -> _ShardCounts:
 
 
 def write_shard(target: Path, rows: list[dict[str, Any]]) -> None:
-    """Write samples as one file that is there completely or not at all."""
-    samples = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    """Write samples as one file that is there completely or not at all; no samples are a file without arrays."""
+    keys = tuple(rows[0]) if rows else ()
+    samples = {key: np.stack([row[key] for row in rows]) for key in keys}
     partial = target.with_suffix(f".{os.getpid()}.partial")
     with partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **samples)

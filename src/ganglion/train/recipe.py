@@ -18,7 +18,7 @@ from ganglion.train.evaluate import (
     ambiguous_tasks,
     evaluate,
 )
-from ganglion.train.fit import FitConfig, FitProgress, FitResult, averaged_policy, fit
+from ganglion.train.fit import FitConfig, FitProgress, FitResult, fit
 from ganglion.train.ship import ship
 
 Report = CollectProgress | FitProgress | TaskResult
@@ -91,12 +91,3 @@ def measure(
     )
     write_card(figures, out_dir)
     return figures
-
-
-def measure_run(
-    config: EvaluateConfig, *, data_dir: Path, run_dir: Path, out_dir: Path, on_report: OnReport
-) -> Figures:
-    """Ship and measure the last state of a run without training on."""
-    result = averaged_policy(run_dir)
-    ship(result, out_dir)
-    return measure(config, result, data_dir=data_dir, out_dir=out_dir, on_report=on_report)
