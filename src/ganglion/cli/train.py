@@ -25,11 +25,11 @@ from ganglion.train.evaluate import (
     evaluate,
 )
 from ganglion.train.fit import FitConfig, FitProgress, averaged_policy, fit
+from ganglion.train.recipe import RecipeConfig, run_recipe
 from ganglion.train.ship import ship
 
 CHECKPOINT = "checkpoint"  # folder in --run that `fit` writes and `evaluate` reads
 HALF_WAY = "half-way"  # folder in --run: the policy whose mistakes `correct` corrects
-CORRECT_AFTER_SHARE = 2500 / 6000  # of the training steps
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,20 +48,51 @@ def run(args: argparse.Namespace) -> int:
         case "evaluate":
             run_evaluate(args)
         case "all":
-            run_collect(args)
-            run_fit(args, until_step=round(CORRECT_AFTER_SHARE * fit_config(args).num_steps))
-            run_correct(args)
-            run_fit(args, until_step=None)
-            run_evaluate(args)
+            run_all(args)
     return 0
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """The whole recipe, rounds of corrections included, to a checkpoint with its card."""
+    fitting = fit_config(args)
+    rounds = tuple(r for r in RecipeConfig().rounds if r.after_step < fitting.num_steps)
+    config = RecipeConfig(
+        collect=collect_config(args),
+        fit=fitting,
+        rounds=rounds,
+        evaluate=EvaluateConfig(seeds=unseen_seeds(args), num_workers=args.workers),
+    )
+    folder = Path(args.run) / CHECKPOINT
+    with tqdm(desc="shards", unit="shard") as shards, tqdm(desc="fit", unit="step") as steps:
+        steps.total = fitting.num_steps
+
+        def on_report(report: CollectProgress | FitProgress | TaskResult) -> None:
+            match report:
+                case CollectProgress():
+                    shards.total = report.num_shards
+                    shards.n = report.num_shards_done
+                    shards.set_postfix(samples=report.num_samples)
+                case FitProgress():
+                    steps.update(report.step - steps.n)
+                    steps.set_postfix(flow=f"{report.flow_loss:.4f}")
+                case TaskResult():
+                    steps.write(
+                        f"{report.task:<24} {report.prompt:<52} {report.success_rate:>8.2f}"
+                    )
+
+        figures = run_recipe(
+            config,
+            data_dir=Path(args.data),
+            run_dir=Path(args.run),
+            out_dir=folder,
+            on_report=on_report,
+        )
+    print(f"mean success {mean_success(figures.delayed):.3f}; ganglion serve {folder}")
 
 
 def run_collect(args: argparse.Namespace) -> None:
     """Demonstrations of the scripted experts, into --data."""
-    config = replace(CollectConfig(), num_workers=args.workers)
-    if args.episodes is not None:
-        config = replace(config, num_episodes=args.episodes, num_hard_episodes=args.episodes)
-    folder = Path(args.data)
+    config, folder = collect_config(args), Path(args.data)
     plans = plan_shards(config)
     num_there = sum((folder / plan.file_name).exists() for plan in plans)
     with tqdm(total=len(plans), initial=num_there, desc="collect", unit="shard") as bar:
@@ -72,6 +103,19 @@ def run_collect(args: argparse.Namespace) -> None:
 
         collect(config, folder, on_progress)
     print(f"demonstrations in {folder}")
+
+
+def collect_config(args: argparse.Namespace) -> CollectConfig:
+    """The recipe's demonstrations, and what the flags change in them."""
+    config = replace(CollectConfig(), num_workers=args.workers)
+    if args.episodes is None:
+        return config
+    return replace(config, num_episodes=args.episodes, num_hard_episodes=args.episodes)
+
+
+def unseen_seeds(args: argparse.Namespace) -> tuple[int, ...]:
+    """Starts that the published figures rest on, or the first few of them."""
+    return tuple(UNSEEN_SEEDS)[: args.eval_episodes or len(UNSEEN_SEEDS)]
 
 
 def fit_config(args: argparse.Namespace) -> FitConfig:
@@ -121,8 +165,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     fitted = Path(args.run) / CHECKPOINT
     default = str(fitted) if fitted.is_dir() else PolicyConfig().path
     folder = policy_folder(args.checkpoint or default)
-    num_seeds = args.eval_episodes or len(UNSEEN_SEEDS)
-    seeds = tuple(range(UNSEEN_SEEDS[0], UNSEEN_SEEDS[0] + num_seeds))
+    seeds = unseen_seeds(args)
+    num_seeds = len(seeds)
     own = EvaluateConfig(seeds=seeds, num_workers=args.workers)
     runs = {
         "own instruction": own,

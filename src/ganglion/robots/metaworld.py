@@ -30,7 +30,8 @@ VIEW_PX = 80
 STATE_DIM = 4  # hand x, y, z in metres; gripper opening 0..1
 ACTION_DIM = 4  # hand dx, dy, dz; gripper effort; all in [-1, 1]
 
-# Seeds of episodes. No policy was fitted or chosen on the UNSEEN ones: the published figures rest on them.
+# Seeds of episodes. Nothing is fitted on the UNSEEN ones: the published figures rest on them (the card says how often
+# they were looked at).
 TRAINING_SEEDS = range(10_000)
 UNSEEN_SEEDS = range(10_000, 10_020)
 VALIDATION_SEEDS = range(20_000, 20_010)  # for looking while developing
