@@ -45,6 +45,17 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineConfig:
+    """How the chunks of one robot overlap."""
+
+    degree: int = 0  # chunks of one robot under way at once; 0 = tuned on this machine
+    max_degree: int = 6  # of the tuned ones
+    max_age_ms: float = 250.0  # the tuner's bound of an observation's age when its first action is due
+    context: str = "public"  # "public": chunks under way see newer observations; "private": their own only
+    warm_start: float = 0.0  # share of the flow steps that a chunk skips by starting from the last one's rest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConfig:
     """The byte budget and its pages."""
 

@@ -23,7 +23,9 @@ class PolicySpec:
     """Inputs, outputs and limits of one policy.
 
     `control_hz` is the rate at which one action row is meant to be executed in the demonstrations' own time.
-    `action_low/high` bound every action that may leave the server.
+    `action_low/high` bound every action that may leave the server. `max_prefix`: the longest `action_prefix` that the
+    policy continues. `late_context_steps`: how many flow steps, from the first, may read an observation that is newer
+    than the request's own.
     """
 
     name: str
@@ -39,6 +41,8 @@ class PolicySpec:
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
     max_prompt_bytes: int = 2048
+    max_prefix: int = 0
+    late_context_steps: int = 0
 
     def metadata(self) -> dict[str, Any]:
         """The part of openpi's first frame that describes this policy (msgpack-able)."""
@@ -55,6 +59,7 @@ class PolicySpec:
             "action_low": list(self.action_low),
             "action_high": list(self.action_high),
             "max_prompt_bytes": self.max_prompt_bytes,
+            "max_prefix": self.max_prefix,
         }
 
 

@@ -28,12 +28,30 @@ class SpanKind(StrEnum):
     DENOISE = "denoise"
 
 
+class Execution(StrEnum):
+    """How a robot goes from one chunk to the next, when the next takes several control ticks to compute.
+
+    The first three and the last need nothing of the server: what differs is what the robot does with the chunks.
+    """
+
+    SYNC = "sync"  # stands still until the chunk of its newest observation is there
+    NAIVE = "naive"  # the newest chunk, each row at its own tick
+    BLEND = "blend"  # overlapping rows are averaged (LeRobot's asynchronous inference)
+    RTC = "rtc"  # the chunk is guided to the one that is executed (arXiv 2506.07339)
+    RTC_IDENTITY = "rtc-identity"  # the same without the network's Jacobian, as LeRobot computes it
+    PREFIX = "prefix"  # the chunk begins with the actions that run anyway (arXiv 2512.05964)
+    ROLLED = "rolled"  # the state is rolled forward to the tick of execution (VLASH, arXiv 2512.01031)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """One checked observation of one robot, as every dialect delivers it.
 
     `images`: view key -> uint8 [height, width, 3]. `state`: float32 [state_dim], in the robot's units.
     `obs_time_ns` is the robot's own monotonic clock; it is echoed and never compared with ours.
+    `executed_until`: actions that the robot had executed when it was taken: its control tick.
+    `action_prefix`: float32 [d, action_dim], the actions that run from that tick on, whatever the server answers.
+    `inference_delay_hint`: control ticks from that tick to the first one that the chunk is expected for.
     """
 
     session_id: SessionId
@@ -46,6 +64,37 @@ class Observation:
     control_hz: float | None = None
     deadline_ms: float | None = None
     seed: int | None = None
+    execution: Execution = Execution.NAIVE
+    executed_until: int | None = None
+    action_prefix: Float32Array | None = None
+    inference_delay_hint: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a robot executes from an observation's tick on, as far as it is known: the rest of its chunks.
+
+    `actions`: float32 [n, action_dim] in the robot's units, row 0 for that tick. The first `num_committed` of them run
+    before the chunk that is being made can arrive.
+    """
+
+    actions: Float32Array
+    num_committed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of a piece. [0, `first_unit`) of its units are computed.
+
+    A row that denoises reads the newest `observation` that its session's public context rests on. `shift`: control
+    ticks from the observation that it read last to this one; row i of its chunk becomes row i - shift.
+    """
+
+    observation: Observation
+    first_unit: int
+    is_new: bool = False  # its own pages hold nothing yet
+    shift: int = 0
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +112,14 @@ class Timing:
 class ActionChunk:
     """An array of future actions and the observation it rests on.
 
-    `actions`: float32 [horizon, action_dim], read-only; row i is for the control tick `obs tick + i`.
+    `actions`: float32 [horizon, action_dim], read-only; row i is for the control tick `i` after that of observation
+    `context_seq`, the newest that went into it: `obs_seq`, which it answers, or a newer one.
     """
 
     session_id: SessionId
     obs_seq: int
     obs_time_ns: int | None
+    context_seq: int
     actions: Float32Array
     prompt: str
     is_prompt_overridden: bool

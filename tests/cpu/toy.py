@@ -86,8 +86,8 @@ class Toy:
             states = torch.from_numpy(np.stack([row.state for row in rows]))
             return (batch.reads["view"] + states[:, None])[:, None].expand(-1, 2, 2, 2)
         x = batch.reads["flow"].clone()
-        for at, first in enumerate(batch.first_units):
-            if first == 0:
+        for at, row in enumerate(batch.rows):
+            if row.is_new:
                 x[at] = rows[at].seed or 0
         mean = batch.reads["context"].mean(dim=(1, 2))
         x = x + batch.num_units * mean[:, None, None, :]

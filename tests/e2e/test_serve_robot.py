@@ -304,7 +304,7 @@ def test_an_unsafe_action_never_leaves_the_server(server, service, bad):
     actions[7, 2] = bad
     timing = Timing(queue_ms=0, perceive_ms=0, generate_ms=0, wait_ms=0, infer_ms=0)
     chunk = ActionChunk(
-        session_id="s", obs_seq=1, obs_time_ns=None, actions=actions, prompt="", is_prompt_overridden=False,
+        session_id="s", obs_seq=1, context_seq=1, obs_time_ns=None, actions=actions, prompt="", is_prompt_overridden=False,
         model_version="x", context_version=0, batch_size=1, is_deadline_met=True, timing=timing,
     )  # fmt: skip
     service.answer_next([chunk, UnsafeActionError("action 7 is not finite")])

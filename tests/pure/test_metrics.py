@@ -90,6 +90,7 @@ def chunk(*, is_deadline_met: bool) -> ActionChunk:
     return ActionChunk(
         session_id=SessionId("a"),
         obs_seq=1,
+        context_seq=1,
         obs_time_ns=None,
         actions=np.zeros((2, 4), np.float32),
         prompt="",

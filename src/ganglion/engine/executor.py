@@ -96,9 +96,8 @@ class Executor:
             for stage, pages in piece.reads
         }
         batch = StageBatch(
-            observations=tuple(piece.observations[row] for row in rows),
+            rows=tuple(piece.rows[row] for row in rows),
             reads=reads,
-            first_units=tuple(order.first_units[row] for row in rows),
             num_units=order.num_units,
         )
         out = self._models[order.model].run(order.stage, batch)

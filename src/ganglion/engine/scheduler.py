@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from ganglion.engine.work import PieceOrder, WorkView
 from ganglion.plan.cost import CostModel
 from ganglion.spec import Stage
-from ganglion.types import RequestId
+from ganglion.types import RequestId, SpanKind
 
 
 @runtime_checkable
@@ -73,6 +73,8 @@ class DeadlineScheduler:
         lane_us = [0] * self._num_lanes
         for (model, at), rows in self._ready(ordered, cursors).items():
             stage = self._stages[model][at]
+            if placed and stage.kind is SpanKind.DENOISE and all(lane_us):
+                break  # the next wave's batch has the rows too whose perception is placed here
             left_us, num_open = budget_us - min(lane_us), lane_us.count(min(lane_us))
             is_forced = is_first and not placed
             fit = self._fit(model, stage, rows, at, cursors, left_us, num_open, is_forced=is_forced)
@@ -86,7 +88,10 @@ class DeadlineScheduler:
     def _ready(
         self, ordered: Sequence[WorkView], cursors: Mapping[RequestId, list[int]]
     ) -> dict[tuple[str, int], list[RequestId]]:
-        """Rows by stage, both in deadline order: a stage stands where its most urgent row stands."""
+        """Rows by stage, both in deadline order: a stage stands where its most urgent row stands.
+
+        Perception goes before generation, whose batch its rows then join.
+        """
         groups: dict[tuple[str, int], list[RequestId]] = {}
         for work in ordered:
             stages, index = self._stages[work.model], self._index[work.model]
@@ -97,7 +102,12 @@ class DeadlineScheduler:
                 )
                 if is_ready:
                     groups.setdefault((work.model, at), []).append(work.request_id)
-        return groups
+        return dict(
+            sorted(
+                groups.items(),
+                key=lambda item: self._stages[item[0][0]][item[0][1]].kind is SpanKind.DENOISE,
+            )
+        )
 
     def _fit(
         self,

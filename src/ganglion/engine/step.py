@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from ganglion.clock import Clock
+from ganglion.engine.context import PublicContext, ticks_between
 from ganglion.engine.executor import Executor, PieceResult
 from ganglion.engine.scheduler import Scheduler
 from ganglion.engine.work import Piece, PieceOrder, Span, StepPlan, Work, WorkView
 from ganglion.errors import CancelledError, GanglionError, InternalError, OutOfPagesError
 from ganglion.memory.ledger import Ledger
 from ganglion.memory.prefix import page_keys
-from ganglion.memory.table import PageTable, VersionedTable
+from ganglion.memory.table import PageTable
 from ganglion.models.base import Model
 from ganglion.plan.cost import CostModel
 from ganglion.spec import Stage
@@ -24,6 +25,7 @@ from ganglion.types import (
     Observation,
     PieceRecord,
     RequestId,
+    Row,
     SessionId,
     SpanKind,
     StepRecord,
@@ -58,12 +60,15 @@ class Engine:
         *,
         step_budget_us: int,
         num_step_records: int,
+        is_context_public: bool = True,
+        warm_start_share: float = 0.0,
     ) -> None:
         self._models, self._ledger = models, ledger
         self._scheduler, self._executor, self._cost = scheduler, executor, cost
         self._clock, self._step_budget_us = clock, step_budget_us
+        self._is_context_public, self._warm_start_share = is_context_public, warm_start_share
         self._works: dict[RequestId, Work] = {}
-        self._contexts: dict[SessionId, VersionedTable] = {}
+        self._contexts: dict[SessionId, PublicContext] = {}
         self._finished: list[Finished] = []
         self._num_steps = 0
         self.records: deque[StepRecord] = deque(maxlen=num_step_records)
@@ -104,6 +109,17 @@ class Engine:
             work.spans[stage.name] = self._open_span(model, stage, observation)
         self._works[request_id] = work
         return work
+
+    def execute(self, work: Work, actions: Float32Array) -> None:
+        """The chunk of `work` passed the guard and goes to its robot: later chunks may continue it."""
+        context = self._contexts.get(work.observation.session_id)
+        if context is not None:
+            context.execute(work.seen, actions)
+
+    def num_flow_steps(self, request_id: RequestId) -> int:
+        """Flow steps that were run for a request in flight."""
+        work = self._works.get(request_id)
+        return 0 if work is None else work.num_flow_steps
 
     def cancel(self, request_id: RequestId, reason: GanglionError | None = None) -> None:
         """Drop a request; its pages are back at once, its outcome is `reason` (default CancelledError)."""
@@ -150,6 +166,9 @@ class Engine:
     def _plan(self) -> StepPlan | None:
         if not self._works:
             return None
+        for work in self._works.values():
+            if work.percept is not None:
+                self._look_again(work)
         view = [
             WorkView(
                 request_id=work.request_id,
@@ -168,6 +187,29 @@ class Engine:
             num_waiting=len(self._works),
             pieces=tuple(pieces),
         )
+
+    def _look_again(self, work: Work) -> None:
+        """Before each flow step: the newest version of the context, and where a new chunk may begin."""
+        context = self._contexts[work.observation.session_id]
+        percept = work.percept
+        assert percept is not None, "called once its perception is complete"
+        span, spec = work.last_span, self._models[work.model].spec
+        if self._may_see_newer(work) and context.is_newer(work.seen.seq):
+            newest = context.acquire()
+            shift = ticks_between(percept.observation, newest.observation)
+            if shift >= 0:
+                work.percept = newest
+                work.shift += shift if work.has_begun else 0
+                newest = percept
+            context.release(newest)
+        if self._warm_start_share and not work.has_begun:
+            plan = context.plan(work.seen, own=work.observation, max_prefix=spec.max_prefix)
+            is_warm = plan is not None and 2 * len(plan.actions) >= spec.horizon
+            span.cursor = round(self._warm_start_share * span.stage.num_units) if is_warm else 0
+
+    def _may_see_newer(self, work: Work) -> bool:
+        late_steps = self._models[work.model].spec.late_context_steps
+        return self._is_context_public and work.last_span.cursor < late_steps
 
     def _pieces(self, orders: Sequence[PieceOrder]) -> list[Piece]:
         """Give every row the pages that it writes; a row that the pool cannot serve now sits the rest of the step out.
@@ -216,11 +258,31 @@ class Engine:
                 rows=tuple(order.rows[at] for at in kept),
                 first_units=tuple(order.first_units[at] for at in kept),
             ),
-            observations=tuple(work.observation for work in works),
+            rows=tuple(
+                self._row(work, order.stage, order.first_units[at])
+                for work, at in zip(works, kept, strict=True)
+            ),
             reads=tuple(
-                (stage, tuple(work.spans[stage.name].pages for work in works)) for stage in stages
+                (stage, tuple(work.pages(stage.name) for work in works)) for stage in stages
             ),
             writes=tuple(work.spans[order.stage.name].pages for work in works),
+        )
+
+    def _row(self, work: Work, stage: Stage, first_unit: int) -> Row:
+        if stage.kind is not SpanKind.DENOISE:
+            return Row(observation=work.observation, first_unit=first_unit)
+        context = self._contexts.get(work.observation.session_id)
+        spec = self._models[work.model].spec
+        is_first = first_unit == work.last_span.cursor  # of this step's pieces of the row
+        plan = None
+        if context is not None:
+            plan = context.plan(work.seen, own=work.observation, max_prefix=spec.max_prefix)
+        return Row(
+            observation=work.seen,
+            first_unit=first_unit,
+            is_new=is_first and not work.has_begun,
+            shift=work.shift if is_first else 0,
+            plan=plan,
         )
 
     # --- commit ----------------------------------------------------------------------------------------------
@@ -253,6 +315,8 @@ class Engine:
             work.started_s = result.start_s
         if order.stage.kind is SpanKind.DENOISE:
             work.generate_us += result.run_us
+            work.num_flow_steps += order.num_units
+            work.shift = 0
         else:
             work.perceive_us += result.run_us
         work.batch_size = max(work.batch_size, len(order.rows))
@@ -260,25 +324,34 @@ class Engine:
         span.cursor += order.num_units
         if span.is_done:
             self._ledger.commit(order.stage.layout, span.pages, span.keys or None)
-        if work.context is None and all(
+        if work.percept is None and all(
             other.is_done for other in work.spans.values() if other is not work.last_span
         ):
             self._publish(work)
 
     def _publish(self, work: Work) -> None:
-        """The work's perception is complete: it becomes the next version of its session's public context."""
-        session_id = work.observation.session_id
-        context = self._contexts.setdefault(session_id, VersionedTable(self._ledger))
-        context.publish(
-            *(
-                PageTable(
-                    layout=span.stage.layout, pages=span.pages, num_slots=span.stage.num_slots
-                )
-                for span in work.spans.values()
-                if span is not work.last_span
-            )
+        """The work's perception is complete: it becomes the next version of its session's public context.
+
+        Unless a later observation's was faster: then the work reads that one.
+        """
+        context = self._contexts.setdefault(
+            work.observation.session_id, PublicContext(self._ledger)
         )
-        work.context = context.acquire()
+        spans = [span for span in work.spans.values() if span is not work.last_span]
+        if self._may_see_newer(work) and context.is_newer(work.observation.seq):
+            for span in spans:
+                self._ledger.release(span.stage.layout, span.pages)
+        else:
+            context.publish(
+                work.observation,
+                {
+                    span.stage.name: PageTable(
+                        layout=span.stage.layout, pages=span.pages, num_slots=span.stage.num_slots
+                    )
+                    for span in spans
+                },
+            )
+        work.percept = context.acquire()
 
     def _emit(self, works: Sequence[Work]) -> None:
         by_model: dict[str, list[Work]] = {}
@@ -286,7 +359,7 @@ class Engine:
             by_model.setdefault(work.model, []).append(work)
         for model, rows in by_model.items():
             pages = [work.last_span.pages for work in rows]
-            observations = tuple(work.observation for work in rows)
+            observations = tuple(work.seen for work in rows)
             stage = rows[0].last_span.stage
             try:
                 actions = self._executor.emit(model, stage, pages, observations)
@@ -301,11 +374,11 @@ class Engine:
     def _finish(self, work: Work, outcome: Float32Array | GanglionError) -> None:
         del self._works[work.request_id]
         for span in work.spans.values():
-            is_in_context = work.context is not None and span is not work.last_span
+            is_in_context = work.percept is not None and span is not work.last_span
             if span.pages and not is_in_context:
                 self._ledger.release(span.stage.layout, span.pages)
-        if work.context is not None:
-            self._contexts[work.observation.session_id].release(work.context)
+        if work.percept is not None:
+            self._contexts[work.observation.session_id].release(work.percept)
         self._finished.append(Finished(work=work, outcome=outcome))
 
     def _record(self, plan: StepPlan, results: Sequence[PieceResult], start_s: float) -> StepRecord:
@@ -325,7 +398,7 @@ class Engine:
                     num_units=piece.order.num_units,
                     start_s=result.start_s,
                     run_us=result.run_us,
-                    sessions=tuple(o.session_id for o in piece.observations),
+                    sessions=tuple(row.observation.session_id for row in piece.rows),
                 )
                 for piece, result in zip(plan.pieces, results, strict=True)
             ),

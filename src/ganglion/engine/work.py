@@ -6,10 +6,10 @@ frozen. Knows nothing of tensors.
 
 from dataclasses import dataclass, field
 
+from ganglion.engine.context import Percept
 from ganglion.memory.prefix import PageKey
-from ganglion.memory.table import Lease
 from ganglion.spec import Stage
-from ganglion.types import Observation, PageId, RequestId
+from ganglion.types import Observation, PageId, RequestId, Row
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,13 +46,30 @@ class Work:
     perceive_us: float = 0.0
     generate_us: float = 0.0
     batch_size: int = 1  # rows of the widest piece that carried it
-    context: Lease | None = None  # the version of its session's public context that it reads
-    is_cancelled: bool = False
+    percept: Percept | None = None  # the version of its session's public context that it reads
+    shift: int = 0  # control ticks that the percept moved on since its chunk was last touched
+    num_flow_steps: int = 0  # that were run for it; fewer than its cursor after a warm start
 
     @property
     def context_version(self) -> int:
         """Version of the public context that it reads; 0 before its perception is complete."""
-        return self.context.version if self.context else 0
+        return self.percept.version if self.percept else 0
+
+    @property
+    def seen(self) -> Observation:
+        """The newest observation that goes into it."""
+        return self.percept.observation if self.percept else self.observation
+
+    @property
+    def has_begun(self) -> bool:
+        """Do its chunk's pages hold something?"""
+        return self.num_flow_steps > 0
+
+    def pages(self, stage: str) -> tuple[PageId, ...]:
+        """Of its own span, or once its perception is complete of the version that it reads."""
+        if self.percept is None or stage not in self.percept.stages:
+            return self.spans[stage].pages
+        return self.percept.pages(stage)
 
     @property
     def last_span(self) -> Span:
@@ -94,7 +111,7 @@ class Piece:
     """An order with its pages: what the executor reads and writes, by layout-local page ids."""
 
     order: PieceOrder
-    observations: tuple[Observation, ...]
+    rows: tuple[Row, ...]
     reads: tuple[tuple[Stage, tuple[tuple[PageId, ...], ...]], ...]  # stage read -> pages per row
     writes: tuple[tuple[PageId, ...], ...]  # pages per row
 

@@ -11,20 +11,24 @@ from torch import Tensor
 
 from ganglion.layout import PageLayout
 from ganglion.spec import PolicySpec, Stage
-from ganglion.types import Float32Array, Observation
+from ganglion.types import Float32Array, Observation, Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageBatch:
     """Rows of one stage, from any sessions and at any cursor.
 
-    `reads`: stage name -> [row, page, *page shape]. `first_units`: where each row's cursor stands.
+    `reads`: stage name -> [row, page, *page shape].
     """
 
-    observations: tuple[Observation, ...]
+    rows: tuple[Row, ...]
     reads: Mapping[str, Tensor]
-    first_units: tuple[int, ...]
     num_units: int
+
+    @property
+    def observations(self) -> tuple[Observation, ...]:
+        """What each row has seen."""
+        return tuple(row.observation for row in self.rows)
 
 
 @runtime_checkable

@@ -63,6 +63,8 @@ def tiny_flow(
         control_hz=80.0,
         action_low=low,
         action_high=high,
+        max_prefix=config.max_prefix,
+        late_context_steps=config.num_flow_steps,
     )
     return FlowCheckpoint(
         policy=policy.to(dtype).eval().requires_grad_(requires_grad=False),

@@ -20,6 +20,7 @@ from ganglion.errors import (
 from ganglion.metrics import Metrics
 from ganglion.pipeline.act import ActionGuard
 from ganglion.pipeline.session import Session, Submission
+from ganglion.pipeline.tune import Tuner
 from ganglion.service import Outcome
 from ganglion.spec import PolicySpec
 from ganglion.types import (
@@ -37,6 +38,8 @@ from ganglion.types import (
 )
 
 logger = logging.getLogger(__name__)
+
+TUNING_PERIOD_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,10 @@ class Dispatcher:
         spec: PolicySpec,
         clock: Clock,
         metrics: Metrics,
+        tuner: Tuner,
     ) -> None:
+        self._tuner, self._pace = tuner, tuner.pace(1)
+        self._next_tuning_s = 0.0
         self._engine, self._spec, self._clock, self._metrics = engine, spec, clock, metrics
         self._guard = ActionGuard(spec)
         self._sessions: dict[SessionId, Session] = {}
@@ -91,6 +97,10 @@ class Dispatcher:
 
         Sessions are admitted here and not as their messages come in, so that newest wins among all that arrived.
         """
+        now_s = self._clock.now_s()
+        if now_s >= self._next_tuning_s:
+            self._next_tuning_s = now_s + TUNING_PERIOD_S
+            self._pace = self._tuner.pace(len(self._sessions))
         for session in self._sessions.values():
             self._admit(session)
         record = self._engine.step()
@@ -125,11 +135,11 @@ class Dispatcher:
             )
 
     def _admit(self, session: Session) -> None:
-        """Send the session's waiting observation into the engine, if its last one is out."""
-        while (submission := session.take()) is not None:
+        """Send the session's waiting observation into the engine, if it is time to launch one."""
+        while self._may_launch(session) and (submission := session.take()) is not None:
             late_s = self._clock.now_s() - submission.deadline_s
             if submission.is_deadline_strict and late_s > 0:
-                session.in_flight = None
+                del session.in_flight[submission.request_id]
                 session.num_deadline_misses += 1
                 deadline_ms = (submission.deadline_s - submission.submitted_s) * 1e3
                 self._answer(
@@ -145,11 +155,23 @@ class Dispatcher:
             )
             return
 
+    def _may_launch(self, session: Session) -> bool:
+        """Launches are clocked by flow steps: each follows when the one before it has done its share of them.
+
+        So with degree n at most n chunks of a session are under way, evenly apart (Auras, arXiv 2509.09560).
+        """
+        if not session.in_flight:
+            return True
+        if len(session.in_flight) >= self._pace.degree:
+            return False
+        newest = next(reversed(session.in_flight))
+        return self._engine.num_flow_steps(newest) >= self._pace.steps_between
+
     def _cancel(self, request_id: RequestId, reason: GanglionError | None = None) -> None:
         if request_id not in self._open:
             return
         session, _ = self._open[request_id]
-        if session.in_flight is not None and session.in_flight.request_id == request_id:
+        if request_id in session.in_flight:
             self._engine.cancel(request_id, reason)
             self._settle_all()
         else:
@@ -187,7 +209,7 @@ class Dispatcher:
         if work.request_id not in self._open:
             return
         session, submission = self._open[work.request_id]
-        session.in_flight = None
+        session.in_flight.pop(work.request_id, None)
         outcome: Outcome
         if isinstance(finished.outcome, GanglionError):
             outcome = finished.outcome
@@ -202,6 +224,7 @@ class Dispatcher:
             checked = self._guard.check(actions)
         except UnsafeActionError as error:
             return error
+        self._engine.execute(work, checked)
         now_s = self._clock.now_s()
         infer_ms = (now_s - submission.submitted_s) * 1e3
         queue_ms = ((work.started_s or now_s) - submission.submitted_s) * 1e3
@@ -213,6 +236,7 @@ class Dispatcher:
             session_id=session.session_id,
             obs_seq=work.observation.seq,
             obs_time_ns=work.observation.obs_time_ns,
+            context_seq=work.seen.seq,
             actions=checked,
             prompt=work.observation.prompt,
             is_prompt_overridden=session.prompt_override is not None

@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 
 from ganglion.clock import Clock, RealClock
-from ganglion.config import EngineConfig, MemoryConfig
+from ganglion.config import EngineConfig, MemoryConfig, PipelineConfig
 from ganglion.engine.executor import Executor
 from ganglion.engine.lane import Lanes
 from ganglion.engine.loop import EngineLoop
@@ -34,6 +34,7 @@ from ganglion.metrics import Metrics
 from ganglion.models.base import Model
 from ganglion.pipeline.dispatch import Cancel, Dispatcher, Message, Refresh
 from ganglion.pipeline.session import Submission
+from ganglion.pipeline.tune import Tuner
 from ganglion.plan.cost import MeasuredCost
 from ganglion.service import OnDone
 from ganglion.spec import PolicySpec
@@ -64,10 +65,12 @@ class LocalService:
         *,
         engine: EngineConfig,
         memory: MemoryConfig,
+        pipeline: PipelineConfig | None = None,
         clock: Clock | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self._model, self._config = model, engine
+        pipeline = pipeline or PipelineConfig()
         self._clock = clock or RealClock()
         self._lanes = Lanes(engine.lanes or ((),))
         name = model.spec.name
@@ -85,8 +88,13 @@ class LocalService:
             self._clock,
             step_budget_us=engine.step_budget_us,
             num_step_records=engine.num_step_records,
+            is_context_public=pipeline.context == "public",
+            warm_start_share=pipeline.warm_start,
         )
-        self._dispatcher = Dispatcher(self._engine, model.spec, self._clock, metrics or Metrics())
+        tuner = Tuner(pipeline, cost, model=name, stages=model.stages, num_lanes=len(self._lanes))
+        self._dispatcher = Dispatcher(
+            self._engine, model.spec, self._clock, metrics or Metrics(), tuner
+        )
         self._loop: EngineLoop[Message] = EngineLoop(
             open_=self._open,
             handle=self._handle,
@@ -235,6 +243,7 @@ class LocalService:
         rng = np.random.default_rng(0)
         end_s = self._clock.now_s() + CALIBRATION_LIMIT_S
         session_id = SessionId("calibration")
+        numbers = itertools.count()
         for num_rows in CALIBRATION_ROWS:
             if num_rows > self._config.max_rows:
                 continue
@@ -242,7 +251,7 @@ class LocalService:
                 self._engine.submit(
                     RequestId(-1 - row),
                     self.spec.name,
-                    self._made_up_observation(rng, session_id, row),
+                    self._made_up_observation(rng, session_id, next(numbers)),
                     deadline_s=0.0,
                 )
             while self._engine.has_work:
@@ -256,17 +265,17 @@ class LocalService:
         self._engine.records.clear()
 
     def _made_up_observation(
-        self, rng: np.random.Generator, session_id: SessionId, row: int
+        self, rng: np.random.Generator, session_id: SessionId, seq: int
     ) -> Observation:
         return Observation(
             session_id=session_id,
             robot_id=RobotId("calibration"),
-            seq=row,
+            seq=seq,
             images={
                 view.key: rng.integers(0, 256, (view.height, view.width, 3), dtype=np.uint8)
                 for view in self.spec.views
             },
             state=np.zeros(self.spec.state_dim, dtype=np.float32),
-            prompt=f"calibration {row}",
-            seed=row,
+            prompt=f"calibration {seq}",
+            seed=seq,
         )

@@ -1,7 +1,7 @@
 """Sessions: a robot's contract, its newest observation, and what came of the earlier ones. Pure state.
 
-Owned by `pipeline.local` on the loop's thread. At most one observation of a session is in the engine and one waits:
-newest wins.
+Owned by `pipeline.local` on the loop's thread. Some observations of a session are in the engine, each at another flow
+step, and one waits: newest wins.
 """
 
 from collections import deque
@@ -33,7 +33,7 @@ class Session:
     session_id: SessionId
     robot_id: RobotId
     prompt_override: str | None = None
-    in_flight: Submission | None = None
+    in_flight: dict[RequestId, Submission] = field(default_factory=dict)  # oldest first
     waiting: Submission | None = None
     newest_seq: int = -1
     prompt: str = ""
@@ -59,8 +59,8 @@ class Session:
         return displaced
 
     def take(self) -> Submission | None:
-        """Move the waiting observation into flight, if nothing is; under the operator's instruction."""
-        if self.in_flight is not None or self.waiting is None:
+        """Move the waiting observation, if there is one, into flight, under the operator's instruction."""
+        if self.waiting is None:
             return None
         submission, self.waiting = self.waiting, None
         if self.prompt_override is not None:
@@ -68,13 +68,14 @@ class Session:
                 submission, observation=replace(submission.observation, prompt=self.prompt_override)
             )
         self.prompt = submission.observation.prompt
-        self.in_flight = submission
+        self.in_flight[submission.request_id] = submission
         return submission
 
     def drain(self) -> list[Submission]:
         """Take everything out (reset, close)."""
-        taken = [item for item in (self.in_flight, self.waiting) if item is not None]
-        self.in_flight = self.waiting = None
+        taken = [*self.in_flight.values(), *([self.waiting] if self.waiting else ())]
+        self.in_flight.clear()
+        self.waiting = None
         return taken
 
     def count_chunk(self, now_s: float, infer_ms: float) -> None:

@@ -327,6 +327,7 @@ class FakeService:
             session_id=observation.session_id,
             obs_seq=observation.seq,
             obs_time_ns=observation.obs_time_ns,
+            context_seq=observation.seq,
             actions=self.fake_actions(observation.seq),
             prompt=observation.prompt if override is None else override,
             is_prompt_overridden=override is not None,

@@ -61,6 +61,7 @@ def chunk_map(
         "session_id": chunk.session_id,
         "model_version": chunk.model_version,
         "context_version": chunk.context_version,
+        "context_seq": chunk.context_seq,
         "batch_size": chunk.batch_size,
         "deadline_met": chunk.is_deadline_met,
         "prompt": chunk.prompt,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ganglion.models.base import Model, StageBatch
-from ganglion.types import Float32Array, Observation
+from ganglion.types import Float32Array, Observation, Row
 
 
 class BareModel:
@@ -41,9 +41,8 @@ class BareModel:
                     layout = next(x for x in self._model.layouts if x.name == stage.layout)
                     reads[stage.name] = torch.zeros(len(rows), stage.num_pages, *layout.shape)
                 batch = StageBatch(
-                    observations=rows,
+                    rows=tuple(_first(observation) for observation in rows),
                     reads=reads,
-                    first_units=(0,) * len(rows),
                     num_units=stage.num_units,
                 )
                 outputs[stage.name] = self._model.run(stage, batch)
@@ -53,8 +52,10 @@ class BareModel:
         stage = next(stage for stage in self._model.stages if stage.name == name)
         key = self._model.key(stage, observation)
         if key not in self._known:
-            batch = StageBatch(
-                observations=(observation,), reads={}, first_units=(0,), num_units=stage.num_units
-            )
+            batch = StageBatch(rows=(_first(observation),), reads={}, num_units=stage.num_units)
             self._known[key] = self._model.run(stage, batch)[0]
         return self._known[key]
+
+
+def _first(observation: Observation) -> Row:
+    return Row(observation=observation, first_unit=0, is_new=True)

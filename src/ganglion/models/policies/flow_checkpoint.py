@@ -106,6 +106,8 @@ def load_flow_checkpoint(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -
         control_hz=float(content.get("control_hz", 0.0)),
         action_low=low,
         action_high=high,
+        max_prefix=config.max_prefix,
+        late_context_steps=config.num_flow_steps,
     )
     return FlowCheckpoint(
         policy=policy, processor=Processor.load(folder, action_low=low, action_high=high), spec=spec
@@ -114,7 +116,10 @@ def load_flow_checkpoint(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -
 
 def with_flow_steps(checkpoint: FlowCheckpoint, num_flow_steps: int) -> FlowCheckpoint:
     """The same weights with another number of Euler steps."""
-    return replace(checkpoint, spec=replace(checkpoint.spec, num_flow_steps=num_flow_steps))
+    spec = replace(
+        checkpoint.spec, num_flow_steps=num_flow_steps, late_context_steps=num_flow_steps
+    )
+    return replace(checkpoint, spec=spec)
 
 
 def _config(path: Path, content: dict[str, Any]) -> FlowConfig:

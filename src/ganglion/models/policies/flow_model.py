@@ -22,7 +22,7 @@ from ganglion.models.base import StageBatch
 from ganglion.models.policies.flow import FlowPolicy
 from ganglion.models.policies.transforms import Processor
 from ganglion.spec import PolicySpec, Stage
-from ganglion.types import Float32Array, Observation, SpanKind
+from ganglion.types import Execution, Float32Array, Observation, Row, SpanKind
 
 KV_SLOTS = (
     4  # divides the 16 text tokens and leaves 1 of 52 slots empty behind the 51 observation tokens
@@ -122,22 +122,36 @@ class FlowModel:
 
     def _denoise(self, stage: Stage, batch: StageBatch) -> Tensor:
         config = self._policy.config
-        latents = batch.reads[stage.name][:, 0]
-        for row, first in enumerate(batch.first_units):
-            if first == 0:
-                latents[row] = self._noise(batch.observations[row])
+        width = 1.0 / self._num_flow_steps
         pages = torch.cat([batch.reads["text"], batch.reads["observation"]], dim=1)
         context = _from_pages(pages)[:, :, :, : config.num_context_tokens]
-        width = 1.0 / self._num_flow_steps
-        tau = torch.tensor(batch.first_units, dtype=torch.float32) * width
+        latents = batch.reads[stage.name][:, 0]
+        tau = torch.tensor([row.first_unit for row in batch.rows], dtype=torch.float32) * width
+        taus = tau[:, None].repeat(1, config.horizon)
+        for at, row in enumerate(batch.rows):
+            latent = latents[at]
+            if row.is_new:
+                latent.copy_(self._begun(row, width))
+            elif row.shift:
+                _move_up(latent, row.shift)
+            if row.plan is not None and row.observation.execution is Execution.PREFIX:
+                num_committed = row.plan.num_committed
+                latent[:num_committed] = self._processor.prefix(row.plan.actions[:num_committed])
+                taus[at, :num_committed] = 1.0
         latents = self._policy.denoise(
-            latents,
-            tau[:, None].expand(-1, config.horizon),
-            torch.full_like(tau, width),
-            context,
-            batch.num_units,
+            latents, taus, torch.full_like(tau, width), context, batch.num_units
         )
         return latents[:, None]
+
+    def _begun(self, row: Row, width: float) -> Float[Tensor, "horizon action"]:
+        """Noise; for a warm start, mixed with what is being executed as far as its flow time says."""
+        noise = self._noise(row.observation)
+        if row.first_unit == 0 or row.plan is None:
+            return noise
+        known = self._processor.prefix(row.plan.actions[: len(noise)])
+        rest = known[-1:].expand(len(noise) - len(known), -1)
+        tau = row.first_unit * width
+        return (1 - tau) * noise + tau * torch.cat([known, rest])
 
     def _noise(self, observation: Observation) -> Float[Tensor, "horizon action"]:
         """Normal noise from the request's seed, else from its session and number: repeatable either way."""
@@ -148,6 +162,13 @@ class FlowModel:
         generator = torch.Generator().manual_seed(seed)
         config = self._policy.config
         return torch.randn(config.horizon, config.action_dim, generator=generator)
+
+
+def _move_up(latent: Float[Tensor, "horizon action"], shift: int) -> None:
+    """Row i becomes row i - shift, in place; the last one fills what is left."""
+    shift = min(shift, len(latent) - 1)
+    latent[:-shift] = latent[shift:].clone()
+    latent[-shift:] = latent[-shift - 1]
 
 
 def _stage(

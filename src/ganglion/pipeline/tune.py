@@ -1,0 +1,113 @@
+"""Tuner: how many chunks of one robot are under way at once, and how far apart. Called by `pipeline.dispatch`. Pure.
+
+Sequentially a robot gets a chunk every L = t_p + K t_g(1). With n chunks under way one forward advances them all, so it
+gets one every t_p + K t_g(n) / n, each of them L(n) old: degree buys rate with age (Auras, arXiv 2509.09560). What
+the stages take is measured when the server starts, and ever after, by the engine's cost model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ganglion.config import PipelineConfig
+from ganglion.plan.cost import CostModel
+from ganglion.spec import Stage
+from ganglion.types import SpanKind
+
+GAIN_WORTH_IT = 1.03  # a chunk more under way must bring at least 3 % more chunks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What degree n brings each of some robots: chunks per second, and milliseconds from observation to chunk."""
+
+    degree: int
+    rate_hz: float
+    latency_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """The choice, and why. A launch follows when the newest chunk under way has done `steps_between` flow steps."""
+
+    degree: int
+    steps_between: int
+    reason: str
+    forecasts: tuple[Forecast, ...]
+
+
+class Tuner:
+    """Maximises the rate under a bound of age; or obeys a fixed degree."""
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        cost: CostModel,
+        *,
+        model: str,
+        stages: Sequence[Stage],
+        num_lanes: int,
+    ) -> None:
+        self._config, self._cost, self._model = config, cost, model
+        self._perceive = tuple(stages[:-1])
+        self._generate = stages[-1]
+        self._num_lanes = num_lanes
+        spared = round(config.warm_start * self._generate.num_units)
+        self._num_steps = max(1, self._generate.num_units - spared)
+
+    def pace(self, num_robots: int) -> Pace:
+        """The degree for so many robots, from what the stages take now."""
+        fixed = self._config.degree
+        if not self._generate.is_divisible:
+            return self._at(1, "this policy computes a chunk in one piece", ())
+        if fixed:
+            return self._at(min(fixed, self._num_steps), f"degree {fixed} by config", ())
+        limit = min(self._config.max_degree, self._num_steps)
+        forecasts = tuple(self.forecast(n, num_robots) for n in range(1, limit + 1))
+        best = forecasts[0]
+        for forecast in forecasts[1:]:
+            is_fresh = forecast.latency_ms <= self._config.max_age_ms
+            if is_fresh and forecast.rate_hz >= GAIN_WORTH_IT * best.rate_hz:
+                best = forecast
+        reason = (
+            f"degree {best.degree}: {best.rate_hz:.1f} chunks/s a robot at {best.latency_ms:.0f} ms "
+            f"(degree 1: {forecasts[0].rate_hz:.1f} at {forecasts[0].latency_ms:.0f} ms; "
+            f"bound {self._config.max_age_ms:.0f} ms)"
+        )
+        return self._at(best.degree, reason, forecasts)
+
+    def forecast(self, degree: int, num_robots: int) -> Forecast:
+        """Steady state: each cycle perceives once for every robot and brings every chunk 1/n of its steps further."""
+        num_robots = max(1, num_robots)
+        steps = self._steps_between(degree)
+        depth = -(-self._num_steps // steps)
+        cycle_us = self._perceive_us(num_robots) + steps * self._step_us(depth * num_robots)
+        return Forecast(
+            degree=degree, rate_hz=1e6 / max(1, cycle_us), latency_ms=depth * cycle_us * 1e-3
+        )
+
+    def _at(self, degree: int, reason: str, forecasts: tuple[Forecast, ...]) -> Pace:
+        return Pace(
+            degree=degree,
+            steps_between=self._steps_between(degree),
+            reason=reason,
+            forecasts=forecasts,
+        )
+
+    def _steps_between(self, degree: int) -> int:
+        return -(-self._num_steps // degree)
+
+    def _perceive_us(self, num_rows: int) -> int:
+        """Stages that another robot or request has done already cost nothing: instructions are the rule."""
+        return sum(
+            self._us(stage, num_rows) * stage.num_units
+            for stage in self._perceive
+            if not (stage.is_shared and stage.kind is SpanKind.PREFILL)
+        )
+
+    def _step_us(self, num_rows: int) -> int:
+        return self._us(self._generate, num_rows)
+
+    def _us(self, stage: Stage, num_rows: int) -> int:
+        """Of one unit, its rows spread over the lanes."""
+        rows = -(-num_rows // self._num_lanes)
+        return self._cost.estimate_us(self._model, stage.name, num_rows=rows, num_units=1)
