@@ -13,7 +13,10 @@ from ganglion.kernels import cpu
 
 
 class ConvStem(nn.Module):
-    """Pixels of one view -> tokens: stride-2 3x3 convolutions, each with a norm over channels and SiLU."""
+    """Pixels of one view -> tokens: stride-2 3x3 convolutions, each with a norm over channels and SiLU.
+
+    Token (row, column) stands at pixel `patch_px * (row, column)` and sees the patch_px - 1 pixels on each side of it.
+    """
 
     def __init__(self, *, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -27,6 +30,11 @@ class ConvStem(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype that it computes in."""
         return next(self.parameters()).dtype
+
+    @property
+    def patch_px(self) -> int:
+        """Pixels from one token to the next: each convolution halves the picture."""
+        return int(2 ** len(self.convs))
 
     def forward(self, pixels: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b token width"]:
         # channels_last throughout: the permutes below move no bytes, and the norm runs over adjacent numbers

@@ -1,0 +1,352 @@
+"""Gate: which parts of an observation are perceived anew, by comparing each view with the image that its pages hold.
+
+Called where an observation is admitted to the engine. Owns, per view, a *reference image*: the picture whose features
+the session's pages hold. Pure numpy; knows no features, pages or models, only that tokens lie on a grid.
+
+| action | when | reference image afterwards |
+|---|---|---|
+| skip | nothing but noise | the old one |
+| patches | some patches changed, or are attended and due | the old one, with the new pixels of those patches |
+| full | nothing old, refresh due, or changes all over the view | the new one |
+
+The engine is handed the reference image instead of the camera's, so its features are exact and content-addressing does
+the rest: a skipped view has the key of the pages that are there. What is lost is lost in the image, and bounded:
+**every cell of the reference (4x4 pixels where a patch is 16x16) is within `change_rms` of the camera's image, root
+mean square over its pixels and channels, and no part of it is older than `refresh_ms`**. The difference is to
+the image that the pages hold and not to the last frame, so slow motion cannot creep past.
+
+From: VLA-Cache (arXiv 2502.02175: reuse what is static, but not what the instruction attends to) and Alpha-Service (arXiv
+2510.14359: skip, cheap or full, with hysteresis and a hard refresh). Dimensions: row and column of the token grid.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from math import sqrt
+
+import numpy as np
+import numpy.typing as npt
+
+from ganglion.errors import ConfigError, FieldError
+from ganglion.types import Float32Array, Observation, UInt8Array
+
+BoolArray = npt.NDArray[np.bool_]
+
+CELLS_PER_PATCH = (
+    4  # a side: what moves a little moves cells of 4x4 pixels, noise is averaged out of them
+)
+# Noise on both images has a mean square of 2 std^2. Over a cell's 48 numbers it reaches 3.1 times that once in 1e11, 2.4
+# times once in 5e6 (chi-squared).
+CHANGE_RATIO = 3.1
+SETTLE_RATIO = 2.4
+
+
+class Perceive(StrEnum):
+    """What is done about one view."""
+
+    SKIP = "skip"
+    PATCHES = "patches"
+    FULL = "full"
+
+
+class Reason(StrEnum):
+    """Why."""
+
+    NOTHING_OLD = "nothing old"
+    REFRESH_DUE = "refresh due"
+    CHANGED_ALL_OVER = "changed all over"
+    SOME_CHANGED = "some changed"
+    ATTENDED_DUE = "attended due"
+    UNCHANGED = "unchanged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateConfig:
+    """How still a view must be to be skipped.
+
+    `noise_std`: the camera's noise, in levels of 255. `refresh_ms`: a view is perceived whole at least that often; what
+    the instruction attends to at least every `attended_refresh_ms` (0: in every frame, VLA-Cache's own rule).
+    `full_share`: a view is perceived whole when the crop around its changes is that large (the parts of a crop cost
+    more than those of an image), and in parts again below `calm_share`.
+    """
+
+    noise_std: float = 2.0
+    refresh_ms: float = 1000.0
+    attended_refresh_ms: float = 500.0
+    full_share: float = 0.8
+    calm_share: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not 0.25 <= self.noise_std <= 64.0:
+            raise _bad("noise_std", "levels of 255 from 0.25 to 64", self.noise_std)
+        if not self.refresh_ms > 0.0:
+            raise _bad("refresh_ms", "more than 0", self.refresh_ms)
+        if not 0.0 <= self.attended_refresh_ms <= self.refresh_ms:
+            raise _bad(
+                "attended_refresh_ms",
+                f"0 to refresh_ms ({self.refresh_ms:g})",
+                self.attended_refresh_ms,
+            )
+        if not 0.0 <= self.calm_share <= self.full_share <= 1.0:
+            raise ConfigError(
+                f"gate: expected 0 <= calm_share <= full_share <= 1, got {self.calm_share:g} and "
+                f"{self.full_share:g}",
+                next_step="raise full_share or lower calm_share",
+            )
+
+    @property
+    def change_rms(self) -> float:
+        """Levels of 255: a cell that differs by more than that has changed."""
+        return self.noise_std * sqrt(2.0 * CHANGE_RATIO)
+
+    @property
+    def settle_rms(self) -> float:
+        """The same for patches that changed a moment ago or are attended: just above noise."""
+        return self.noise_std * sqrt(2.0 * SETTLE_RATIO)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewDecision:
+    """What is done about one view.
+
+    `image`: what the pages are to hold, read-only. `tokens`: bool [row, column], which of them are computed anew; all
+    others equal those of `base`, the image before (None: nothing to take over).
+    """
+
+    action: Perceive
+    reason: Reason
+    image: UInt8Array
+    base: UInt8Array | None
+    tokens: BoolArray
+
+
+class ViewGate:
+    """One camera of one session. A token at (row, column) sees patches (row - 1 .. row, column - 1 .. column).
+
+    That is the reach of stride-2 3x3 convolutions (`models.layers.ConvStem`): every patch has at most four readers.
+    """
+
+    def __init__(self, config: GateConfig, *, height_px: int, width_px: int, patch_px: int) -> None:
+        if patch_px % CELLS_PER_PATCH:
+            raise FieldError(
+                "patch_px", expected=f"a multiple of {CELLS_PER_PATCH}", got=str(patch_px)
+            )
+        self._config, self._shape, self._patch_px = config, (height_px, width_px, 3), patch_px
+        self.grid = (-(-height_px // patch_px), -(-width_px // patch_px))
+        self._cell_px = patch_px // CELLS_PER_PATCH
+        # the difference, with a border of zeros up to whole patches
+        whole = (self.grid[0] * patch_px, self.grid[1] * patch_px, 3)
+        self._difference = np.zeros(whole, np.float32)
+        self._inner = self._difference[:height_px, :width_px]
+        self._in_cell = _cell_sums(width_px, whole[1], self._cell_px)
+        first_rows = np.arange(0, whole[0], self._cell_px)
+        num_rows = np.clip(height_px - first_rows, 1, self._cell_px)
+        self._row_weights = (1.0 / num_rows).astype(np.float32)[:, None]
+        # squared levels, by patch: noise passes below them
+        self._change = np.float32(config.change_rms**2)
+        self._settle = np.float32(config.settle_rms**2)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the reference: the next image is perceived whole."""
+        self._reference: UInt8Array | None = None
+        self._reference_floats: Float32Array = np.zeros(self._shape, np.float32)
+        self._is_moving = np.zeros(self.grid, np.bool_)  # patches that changed in the last image
+        self._is_busy = False
+        self._refreshed_s = self._attended_s = 0.0
+
+    def decide(
+        self, image: UInt8Array, *, now_s: float, attended: BoolArray | None = None
+    ) -> ViewDecision:
+        """Compare `image` uint8 [height, width, 3] with the reference and move the reference on.
+
+        `attended`: bool [row, column], the tokens that matter under the present instruction. A clock that goes backwards
+        makes a refresh due. Raises FieldError for another shape.
+        """
+        self._check(image, attended)
+        old = self._reference
+        if old is None:
+            return self._full(image, now_s, Reason.NOTHING_OLD)
+        changed = self._changed_patches(image, attended)
+        self._is_moving = changed
+        if _is_due(now_s, self._refreshed_s, self._config.refresh_ms):
+            return self._full(image, now_s, Reason.REFRESH_DUE)
+        reason = Reason.SOME_CHANGED if changed.any() else Reason.UNCHANGED
+        if attended is not None and _is_due(
+            now_s, self._attended_s, self._config.attended_refresh_ms
+        ):
+            self._attended_s = now_s
+            if attended.any():
+                changed = changed | seen_patches(attended)
+                reason = Reason.ATTENDED_DUE if reason is Reason.UNCHANGED else reason
+        if reason is Reason.UNCHANGED:
+            self._is_busy = False
+            return ViewDecision(
+                action=Perceive.SKIP, reason=reason, image=old, base=old, tokens=changed
+            )
+        tokens = reading_tokens(changed)
+        share = crop_share(tokens)
+        self._is_busy = share >= (
+            self._config.calm_share if self._is_busy else self._config.full_share
+        )
+        if self._is_busy:
+            return self._full(image, now_s, Reason.CHANGED_ALL_OVER)
+        return ViewDecision(
+            action=Perceive.PATCHES,
+            reason=reason,
+            image=self._patched(old, image, tokens),
+            base=old,
+            tokens=tokens,
+        )
+
+    def _check(self, image: UInt8Array, attended: BoolArray | None) -> None:
+        if image.shape != self._shape or image.dtype != np.uint8:
+            raise FieldError(
+                "image",
+                expected=f"uint8 {self._shape} [height, width, 3]",
+                got=f"{image.dtype} {image.shape}",
+            )
+        if attended is not None and attended.shape != self.grid:
+            raise FieldError(
+                "attended", expected=f"{self.grid} [row, column]", got=str(attended.shape)
+            )
+
+    def _changed_patches(self, image: UInt8Array, attended: BoolArray | None) -> BoolArray:
+        """Bool [row, column]: patches with a cell that differs by more than noise does."""
+        np.subtract(image, self._reference_floats, out=self._inner)
+        squares = np.square(self._difference, out=self._difference)
+        rows = squares.reshape(-1, self._cell_px, squares.shape[1] * 3).sum(axis=1)
+        cells = (rows @ self._in_cell) * self._row_weights
+        height, width = self.grid
+        most = cells.reshape(height, CELLS_PER_PATCH, width, CELLS_PER_PATCH).max(axis=(1, 3))
+        is_watched = (
+            self._is_moving if attended is None else self._is_moving | seen_patches(attended)
+        )
+        changed: BoolArray = most > np.where(is_watched, self._settle, self._change)
+        return changed
+
+    def _full(self, image: UInt8Array, now_s: float, reason: Reason) -> ViewDecision:
+        self._refreshed_s = self._attended_s = now_s
+        base, reference = self._reference, self._keep(image.copy())
+        return ViewDecision(
+            action=Perceive.FULL,
+            reason=reason,
+            image=reference,
+            base=base,
+            tokens=np.ones(self.grid, np.bool_),
+        )
+
+    def _patched(self, old: UInt8Array, image: UInt8Array, tokens: BoolArray) -> UInt8Array:
+        """The old reference with the new pixels of every patch whose readers are all computed anew."""
+        is_new = _by_pixel(only_read_by(tokens), self._patch_px, self._shape)
+        patched = old.copy()
+        np.copyto(patched, image, where=is_new)
+        return self._keep(patched)
+
+    def _keep(self, reference: UInt8Array) -> UInt8Array:
+        reference.flags.writeable = False
+        self._reference = reference
+        np.copyto(self._reference_floats, reference)
+        return reference
+
+
+class Gate:
+    """All cameras of one session."""
+
+    def __init__(self, config: GateConfig, *, patch_px: int) -> None:
+        self._config, self._patch_px = config, patch_px
+        self._views: dict[str, ViewGate] = {}
+
+    def admit(
+        self,
+        observation: Observation,
+        *,
+        now_s: float,
+        attended: Mapping[str, BoolArray] | None = None,
+    ) -> tuple[Observation, dict[str, ViewDecision]]:
+        """The observation that the engine shall perceive, and what was decided about each view.
+
+        `attended`: view key -> bool [row, column], where known. State and instruction pass as they are.
+        """
+        decisions = {
+            key: self._view(key, image).decide(
+                image, now_s=now_s, attended=None if attended is None else attended.get(key)
+            )
+            for key, image in observation.images.items()
+        }
+        images = {key: decision.image for key, decision in decisions.items()}
+        return replace(observation, images=images), decisions
+
+    def reset(self) -> None:
+        """Forget all references (the robot was moved, its session was reset)."""
+        self._views.clear()
+
+    def _view(self, key: str, image: UInt8Array) -> ViewGate:
+        view = self._views.get(key)
+        if view is None:
+            height_px, width_px = image.shape[:2]
+            view = self._views[key] = ViewGate(
+                self._config, height_px=height_px, width_px=width_px, patch_px=self._patch_px
+            )
+        return view
+
+
+# --- the grid: patch (r, c) is read by the tokens (r .. r + 1, c .. c + 1), where there are any -------------------------
+
+
+def reading_tokens(patches: BoolArray) -> BoolArray:
+    """Bool [row, column]: tokens that see any of `patches`."""
+    tokens = patches.copy()
+    tokens[1:] |= patches[:-1]
+    tokens[:, 1:] |= tokens[:, :-1].copy()
+    return tokens
+
+
+def seen_patches(tokens: BoolArray) -> BoolArray:
+    """Bool [row, column]: patches that any of `tokens` sees."""
+    patches = tokens.copy()
+    patches[:-1] |= tokens[1:]
+    patches[:, :-1] |= patches[:, 1:].copy()
+    return patches
+
+
+def only_read_by(tokens: BoolArray) -> BoolArray:
+    """Bool [row, column]: patches all of whose readers are among `tokens`."""
+    patches = tokens.copy()
+    patches[:-1] &= tokens[1:]
+    patches[:, :-1] &= patches[:, 1:].copy()
+    return patches
+
+
+def crop_share(tokens: BoolArray) -> float:
+    """Share of the view in a crop around `tokens`, with the token of margin above and to the left that it needs."""
+    rows, columns = np.flatnonzero(tokens.any(axis=1)), np.flatnonzero(tokens.any(axis=0))
+    if not len(rows):
+        return 0.0
+    height = int(rows[-1]) + 1 - max(0, int(rows[0]) - 1)
+    width = int(columns[-1]) + 1 - max(0, int(columns[0]) - 1)
+    return height * width / tokens.size
+
+
+def _by_pixel(patches: BoolArray, patch_px: int, shape: tuple[int, int, int]) -> BoolArray:
+    """Bool [height, width, 1]."""
+    pixels = patches.repeat(patch_px, axis=0)[: shape[0]].repeat(patch_px, axis=1)[:, : shape[1]]
+    return pixels[..., None]
+
+
+def _cell_sums(width_px: int, whole_px: int, cell_px: int) -> Float32Array:
+    """Float32 [whole_px * 3, cells]: sums the numbers of a row of pixels by cell, divided by how many the cell has."""
+    sums = np.zeros((whole_px, 3, whole_px // cell_px), np.float32)
+    for cell in range(whole_px // cell_px):
+        num_columns = min(max(width_px - cell * cell_px, 1), cell_px)
+        sums[cell * cell_px : (cell + 1) * cell_px, :, cell] = 1.0 / (3 * num_columns)
+    return sums.reshape(whole_px * 3, -1)
+
+
+def _is_due(now_s: float, last_s: float, period_ms: float) -> bool:
+    """Exactly one period later counts; a clock that went backwards too."""
+    return now_s < last_s or (now_s - last_s) * 1e3 >= period_ms
+
+
+def _bad(name: str, expected: str, got: float) -> ConfigError:
+    return ConfigError(f"gate.{name}: expected {expected}, got {got:g}", next_step=f"change {name}")
