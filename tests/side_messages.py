@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ganglion.serve.side import Watch
+from ganglion.serve.side import Impair, Watch
 
 
 def hello(robot_id: str = "arm-1", session_id: str = "s-1", **changes: Any) -> dict[str, Any]:
@@ -27,7 +27,14 @@ class Ears:
 
     def __init__(self) -> None:
         self.watches: list[Watch] = []
+        self.impairs: list[Impair] = []
         self.num_take_overs = 0
+
+    def tell(self, wish: Watch | Impair) -> None:
+        if isinstance(wish, Watch):
+            self.watches.append(wish)
+        else:
+            self.impairs.append(wish)
 
     def take_over(self) -> None:
         self.num_take_overs += 1

@@ -69,7 +69,7 @@ def jpeg(number: int) -> bytes:
 def test_a_slow_browser_gets_the_newest_only() -> None:
     async def play(hub: Hub, feed: Feed) -> None:
         ears = Ears()
-        robot = hub.join(hello(), tell=ears.watches.append, take_over=ears.take_over)
+        robot = hub.join(hello(), tell=ears.tell, take_over=ears.take_over)
         browser = Browser()
         end = browser.open(feed)
         await until(lambda: len(browser.states()) > 0)

@@ -10,7 +10,13 @@ from tests.side_messages import Ears, hello, telemetry
 from ganglion.clock import SimulatedClock
 from ganglion.errors import FieldError, OverloadedError, SessionConflictError
 from ganglion.serve.hub import MAX_LOGGED_KEYS, TOTAL_VIEW_HZ, Hub, Robot
-from ganglion.serve.side import MAX_JPEG_BYTES, MAX_QUEUE_ROWS, parse_telemetry
+from ganglion.serve.side import (
+    MAX_JPEG_BYTES,
+    MAX_QUEUE_ROWS,
+    Impair,
+    parse_impair,
+    parse_telemetry,
+)
 from ganglion.types import SessionId
 
 JPEG = b"\xff\xd8\xff" + b"pixels" + b"\xff\xd9"
@@ -18,7 +24,7 @@ JPEG = b"\xff\xd8\xff" + b"pixels" + b"\xff\xd9"
 
 def join(hub: Hub, ears: Ears | None = None, **changes: Any) -> Robot:
     ears = ears or Ears()
-    return hub.join(hello(**changes), tell=ears.watches.append, take_over=ears.take_over)
+    return hub.join(hello(**changes), tell=ears.tell, take_over=ears.take_over)
 
 
 def test_keeps_the_newest_telemetry_of_each_robot() -> None:
@@ -118,6 +124,46 @@ def test_unknown_keys_are_counted_and_remembered_in_bounds() -> None:
     assert len(hub._logged_keys) == MAX_LOGGED_KEYS
 
 
+def test_a_robot_that_can_is_asked_to_disturb_its_link() -> None:
+    hub, ears = Hub(SimulatedClock()), Ears()
+    robot = join(hub, ears, can_impair=True)
+    assert robot.impair == Impair()
+    hub.impair(SessionId("s-1"), Impair(delay_ms=200.0, jitter_ms=50.0, loss=0.1))
+    assert [impair.message() for impair in ears.impairs] == [
+        {"type": "impair", "delay_ms": 200.0, "jitter_ms": 50.0, "loss": 0.1}
+    ]
+    assert robot.impair == ears.impairs[-1]
+
+
+def test_a_connection_starts_with_its_link_as_it_is() -> None:
+    hub = Hub(SimulatedClock())
+    join(hub, can_impair=True)
+    hub.impair(SessionId("s-1"), Impair(loss=0.5))
+    assert join(hub, can_impair=True).impair == Impair()
+
+
+@pytest.mark.parametrize("changes", [{}, {"can_impair": False}, {"session_id": "other"}])
+def test_a_robot_that_cannot_disturb_its_link_is_not_asked(changes: dict[str, Any]) -> None:
+    hub, ears = Hub(SimulatedClock()), Ears()
+    join(hub, ears, **changes)
+    with pytest.raises(FieldError, match="disturb its own link"):
+        hub.impair(SessionId("s-1"), Impair(delay_ms=1.0))
+    assert ears.impairs == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"delay_ms": -1.0}, {"delay_ms": 5001.0}, {"jitter_ms": float("nan")}, {"loss": 1.1},
+        {"loss": None}, {"loss": "all"}, {"delay_ms": True},
+    ],
+)  # fmt: skip
+def test_an_impossible_link_is_refused_by_field(changes: dict[str, Any]) -> None:
+    with pytest.raises(FieldError) as caught:
+        parse_impair({"delay_ms": 0.0, "jitter_ms": 0.0, "loss": 0.0, **changes})
+    assert caught.value.field == f"impair.{next(iter(changes))}"
+
+
 BAD_TELEMETRY = [
     ({"tick": -1}, "telemetry.tick"),
     ({"tick": True}, "telemetry.tick"),
@@ -197,7 +243,7 @@ def test_a_message_of_the_wrong_kind_is_refused(message: dict[str, Any]) -> None
     "changes",
     [
         {"session_id": ""}, {"robot_id": "r" * 129}, {"robot_id": 4}, {"control_hz": 0.0},
-        {"control_hz": 1001.0}, {"world": "w" * 65}, {"prompt": None},
+        {"control_hz": 1001.0}, {"can_impair": "yes"}, {"world": "w" * 65}, {"prompt": None},
     ],
 )  # fmt: skip
 def test_a_bad_hello_admits_nobody(changes: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from ganglion.serve.dashboard.orders import obey
 from ganglion.serve.dashboard.picture import Painter, Picture
 from ganglion.serve.fake import fake_spec
 from ganglion.serve.hub import Hub, Robot
+from ganglion.serve.side import Impair
 from ganglion.service import OnDone
 from ganglion.spec import PolicySpec
 from ganglion.types import (
@@ -107,10 +108,10 @@ def pool(*page_ids: int) -> PoolStats:
     )
 
 
-def join(hub: Hub, session_id: str, robot_id: str) -> Robot:
+def join(hub: Hub, session_id: str, robot_id: str, **changes: Any) -> Robot:
     ears = Ears()
-    message = hello(robot_id=robot_id, session_id=session_id)
-    return hub.join(message, tell=ears.watches.append, take_over=ears.take_over)
+    message = hello(robot_id=robot_id, session_id=session_id, **changes)
+    return hub.join(message, tell=ears.tell, take_over=ears.take_over)
 
 
 def paint(painter: Painter, picture_of: ServiceStats, now_s: float = 10.0) -> Picture:
@@ -211,6 +212,13 @@ def test_numbers_that_json_cannot_say_become_null() -> None:
     assert state["arms"][0]["session"]["infer_ms"] is None
 
 
+def hub() -> Hub:
+    """One robot, that of session "a"; it can disturb its link."""
+    made = Hub(SimulatedClock())
+    join(made, "a", "arm-a", can_impair=True)
+    return made
+
+
 class Obedient:
     """A Service that takes commands for the session "a" only."""
 
@@ -239,12 +247,12 @@ class Obedient:
 def test_an_operator_sets_a_prompt_and_gives_it_back() -> None:
     service = Obedient()
     order = {"id": 1, "set_prompt": {"session_id": "a", "prompt": " close the drawer  "}}
-    assert json.loads(obey(json.dumps(order), service)) == {
+    assert json.loads(obey(json.dumps(order), service, hub())) == {
         "kind": "answer",
         "id": 1,
         "error": None,
     }
-    obey(json.dumps({"id": 2, "clear_prompt": {"session_id": "a"}}), service)
+    obey(json.dumps({"id": 2, "clear_prompt": {"session_id": "a"}}), service, hub())
     assert service.commands == [
         OverridePrompt(session_id=SessionId("a"), prompt="close the drawer"),
         OverridePrompt(session_id=SessionId("a"), prompt=None),
@@ -265,6 +273,15 @@ def test_an_operator_sets_a_prompt_and_gives_it_back() -> None:
         ('{"id": 1, "set_prompt": {"session_id": "a", "prompt": "a\\u0007"}}', "control char"),
         ('{"id": 1, "clear_prompt": {"session_id": "gone"}}', "an open session"),
         (
+            '{"id": 1, "impair": {"session_id": "gone", "delay_ms": 1, "jitter_ms": 0, "loss": 0}}',
+            "can disturb",
+        ),
+        (
+            '{"id": 1, "impair": {"session_id": "a", "delay_ms": 1, "jitter_ms": 0, "loss": 2}}',
+            "impair.loss",
+        ),
+        ('{"id": 1, "impair": {"session_id": "a", "delay_ms": 1}}', "impair.jitter_ms"),
+        (
             json.dumps({"id": 1, "set_prompt": {"session_id": "a", "prompt": "x" * 2049}}),
             "at most 2048 bytes",
         ),
@@ -272,9 +289,21 @@ def test_an_operator_sets_a_prompt_and_gives_it_back() -> None:
 )
 def test_a_bad_order_is_answered_and_not_carried_out(order: str, what: str) -> None:
     service = Obedient()
-    answer = json.loads(obey(order, service))
+    answer = json.loads(obey(order, service, hub()))
     assert what in answer["error"]["message"]
     assert service.commands == []
+
+
+def test_an_operator_disturbs_a_robots_link() -> None:
+    service, robots = Obedient(), hub()
+    order = {"session_id": "a", "delay_ms": 120, "jitter_ms": 30.5, "loss": 0.25}
+    answer = json.loads(obey(json.dumps({"id": 4, "impair": order}), service, robots))
+    assert answer == {"kind": "answer", "id": 4, "error": None}
+    assert robots.robots[0].impair == Impair(delay_ms=120.0, jitter_ms=30.5, loss=0.25)
+    assert service.commands == []
+    picture = paint(Painter(robots), stats(session("a")))
+    shown = read(picture)["arms"][0]["robot"]["impair"]
+    assert shown == {"delay_ms": 120.0, "jitter_ms": 30.5, "loss": 0.25}
 
 
 def test_an_error_of_the_service_is_answered_with_its_next_step() -> None:
@@ -282,6 +311,6 @@ def test_an_error_of_the_service_is_answered_with_its_next_step() -> None:
         def control(self, command: Command) -> None:
             raise GanglionError("too busy", next_step="try later")
 
-    answer = json.loads(obey('{"id": 9, "clear_prompt": {"session_id": "a"}}', Refusing()))
+    answer = json.loads(obey('{"id": 9, "clear_prompt": {"session_id": "a"}}', Refusing(), hub()))
     assert answer["id"] == 9
     assert answer["error"] == {"code": "internal", "message": "too busy", "next_step": "try later"}

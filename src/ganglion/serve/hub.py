@@ -14,6 +14,7 @@ Robot -> server
         "world": str, "task": str,           0..64 bytes each: "metaworld", "drawer-open"
         "prompt": str,                       the robot's own instruction, 0..4096 bytes
         "control_hz": float,                 the rate that it wants to hold, 0 < hz <= 1000
+        "can_impair": bool?,                 it obeys `impair`; absent: it does not
     }}
     then    {"telemetry": {                  10 a second while watched, else 1; the newest wins
         "tick": int,                         control ticks run since the robot started
@@ -41,6 +42,12 @@ Server -> robot
                                              every change: whether somebody looks, and how many
                                              views a second at most (10 for a few robots, fewer
                                              when many share a machine). Until then: nobody does
+    {"type": "impair", "delay_ms": float, "jitter_ms": float, "loss": float}
+                                             only to a robot that can: make your own link to the
+                                             server this bad from now on, until the next one or
+                                             until this connection ends. Each way: delay_ms +- up to
+                                             jitter_ms late (0..5000 both), and a share `loss`
+                                             (0..1) of the messages is lost. All zero: as it is
     {"error": {"code": str, "message": str, "next_step": str}}
                                              the message before was refused; the connection
                                              lives on, except after a refused hello
@@ -54,14 +61,15 @@ else reconnects with a growing pause. The hub forgets a robot when its connectio
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ganglion.clock import Clock
-from ganglion.errors import OverloadedError, SessionConflictError
+from ganglion.errors import FieldError, OverloadedError, SessionConflictError
 from ganglion.serve.side import (
     MAX_VIEW_HZ,
     Hello,
+    Impair,
     Telemetry,
     Watch,
     kind_of,
@@ -83,9 +91,10 @@ class Robot:
     """One connected robot: the newest of everything. Written by the hub only."""
 
     hello: Hello
-    tell: Callable[[Watch], None]
+    tell: Callable[[Watch | Impair], None]
     take_over: Callable[[], None]
     watch: Watch | None = None  # what it was told last
+    impair: Impair = field(default_factory=Impair)  # likewise
     telemetry: Telemetry | None = None
     telemetry_s: float = -math.inf
     jpeg: bytes | None = None
@@ -123,7 +132,7 @@ class Hub:
         self,
         message: Mapping[Any, Any],
         *,
-        tell: Callable[[Watch], None],
+        tell: Callable[[Watch | Impair], None],
         take_over: Callable[[], None],
     ) -> Robot:
         """Admit the robot that sent `message`, its hello, and tell it whether it is watched.
@@ -157,6 +166,19 @@ class Hub:
             robot.telemetry = parse_telemetry(message)
             robot.telemetry_s = self._clock.now_s()
         self._count_unknown(unknown_keys(message))
+
+    def impair(self, session_id: SessionId, impair: Impair) -> None:
+        """Ask the robot that speaks for the session to make its link this bad. Raises FieldError when it cannot."""
+        robot = self._robots.get(session_id)
+        if robot is None or not robot.hello.can_impair:
+            raise FieldError(
+                "session_id",
+                expected="a session whose robot can disturb its own link",
+                got=repr(session_id),
+                next_step="simulated arms can; a robot says so in its hello on the side channel",
+            )
+        robot.impair = impair
+        robot.tell(impair)
 
     def leave(self, robot: Robot) -> None:
         """Forget a robot; does nothing when it was replaced already."""

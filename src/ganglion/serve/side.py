@@ -17,6 +17,7 @@ MAX_MESSAGE_BYTES = MAX_JPEG_BYTES + 32 * KIB
 MAX_VIEW_HZ = 10.0
 MAX_QUEUE_ROWS = 64
 MAX_ACTION_DIM = 32
+MAX_IMPAIR_MS = 5000.0  # of a link's added delay, and of its jitter
 MAX_COUNT = 2**53  # integers that a browser's numbers hold exactly
 
 Message = Mapping[Any, Any]
@@ -33,6 +34,7 @@ class Hello:
     task: str
     prompt: str
     control_hz: float
+    can_impair: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,24 @@ class Watch:
     def message(self) -> dict[str, Any]:
         """As it goes to the robot."""
         return {"watch": self.is_watched, "max_view_hz": self.max_view_hz}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Impair:
+    """How bad a robot is asked to make its own link to the server, each way; all zero: as it is."""
+
+    delay_ms: float = 0.0
+    jitter_ms: float = 0.0
+    loss: float = 0.0
+
+    def message(self) -> dict[str, Any]:
+        """As it goes to the robot."""
+        return {
+            "type": "impair",
+            "delay_ms": self.delay_ms,
+            "jitter_ms": self.jitter_ms,
+            "loss": self.loss,
+        }
 
 
 # kind -> the fields its body may have; a view's body is bare bytes
@@ -103,6 +123,16 @@ def parse_hello(message: Message) -> Hello:
         task=_label(body, "hello.task"),
         prompt=_prompt(body, "hello.prompt"),
         control_hz=_control_hz(body, "hello.control_hz"),
+        can_impair=bool(_optional(_truth, body, "hello.can_impair")),
+    )
+
+
+def parse_impair(body: Message) -> Impair:
+    """What an operator asks of a robot's link. Raises FieldError."""
+    return Impair(
+        delay_ms=_at_most(body, "impair.delay_ms", MAX_IMPAIR_MS),
+        jitter_ms=_at_most(body, "impair.jitter_ms", MAX_IMPAIR_MS),
+        loss=_at_most(body, "impair.loss", 1.0),
     )
 
 
@@ -207,6 +237,13 @@ def _number(body: Message, field: str) -> float:
     number = _finite(_get(body, field), field)
     if number < 0:
         _refuse(field, "a number that is not negative", describe(number))
+    return number
+
+
+def _at_most(body: Message, field: str, limit: float) -> float:
+    number = _number(body, field)
+    if number > limit:
+        _refuse(field, f"a number of at most {limit:g}", describe(number))
     return number
 
 

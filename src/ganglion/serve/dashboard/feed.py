@@ -133,7 +133,7 @@ class Feed:
             if len(text) > MAX_ORDER_BYTES:
                 await socket.close(1009, f"an order has at most {MAX_ORDER_BYTES} characters")
                 return
-            await socket.send_text(obey(text, self._service))
+            await socket.send_text(obey(text, self._service, self._hub))
 
     def _hello(self) -> str:
         spec = self._service.spec

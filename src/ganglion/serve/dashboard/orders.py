@@ -1,9 +1,10 @@
 """Orders: what an operator asks for on the page, checked, carried out and answered.
 
-Called by `dashboard.feed` for each text message of a browser. Knows the Service seam only.
+Called by `dashboard.feed` for each text message of a browser. Knows the Service seam and the hub only.
 
 Page -> server, JSON: {"id": int, "set_prompt": {"session_id": str, "prompt": str}}
                    or {"id": int, "clear_prompt": {"session_id": str}}
+                   or {"id": int, "impair": {"session_id": str, "delay_ms": float, "jitter_ms": float, "loss": float}}
 Server -> page:       {"kind": "answer", "id": int, "error": null | {"code", "message", "next_step"}}
 """
 
@@ -12,6 +13,8 @@ import logging
 from typing import Any
 
 from ganglion.errors import FieldError, GanglionError
+from ganglion.serve.hub import Hub
+from ganglion.serve.side import parse_impair
 from ganglion.service import Service
 from ganglion.types import OverridePrompt, SessionId
 from ganglion.units import KIB
@@ -21,17 +24,25 @@ logger = logging.getLogger(__name__)
 MAX_ORDER_BYTES = 16 * KIB
 
 
-def obey(text: str, service: Service) -> str:
+def obey(text: str, service: Service, hub: Hub) -> str:
     """Carry out one order; the answer to send. Never raises for what the page may have got wrong."""
     order_id: int | None = None
     try:
         order = _parse(text)
         order_id = order["id"]
-        command = _command(order, max_prompt_bytes=service.spec.max_prompt_bytes)
-        service.control(command)
+        match order:
+            case {"impair": {"session_id": str(session_id), **body}}:
+                impair = parse_impair(body)
+                hub.impair(SessionId(session_id), impair)
+                logger.info("operator: link of session %s is now %s", session_id, impair)
+            case _:
+                command = _command(order, max_prompt_bytes=service.spec.max_prompt_bytes)
+                service.control(command)
+                logger.info(
+                    "operator: session %s now follows %r", command.session_id, command.prompt
+                )
     except GanglionError as error:
         return _answer(order_id, error_body(error))
-    logger.info("operator: session %s now follows %r", command.session_id, command.prompt)
     return _answer(order_id, None)
 
 
@@ -60,7 +71,8 @@ def _command(order: dict[str, Any], *, max_prompt_bytes: int) -> OverridePrompt:
             return OverridePrompt(session_id=SessionId(session_id), prompt=None)
     raise FieldError(
         "order",
-        expected="set_prompt {session_id, prompt} or clear_prompt {session_id}",
+        expected="set_prompt {session_id, prompt}, clear_prompt {session_id} "
+        "or impair {session_id, delay_ms, jitter_ms, loss}",
         got=f"keys {sorted(map(str, order))}"[:120],
     )
 

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from ganglion.serve.hub import Hub, Robot
+from ganglion.serve.side import Impair
 from ganglion.types import PoolStats, ServiceStats, SessionId, SessionStats, StepRecord
 
 STALE_S = 3.0  # telemetry older than this is drawn as old
@@ -199,6 +200,7 @@ def _robot(robot: Robot, now_s: float) -> dict[str, Any]:
         "task": hello.task,
         "prompt": hello.prompt,
         "control_hz": _round(hello.control_hz),
+        "impair": _impair(robot.impair) if hello.can_impair else None,
         "telemetry": None,
     }
     if telemetry is None:
@@ -223,6 +225,10 @@ def _robot(robot: Robot, now_s: float) -> dict[str, Any]:
         "latency_ms": _round(telemetry.latency_ms),
     }
     return picture
+
+
+def _impair(impair: Impair) -> dict[str, Any]:
+    return {"delay_ms": impair.delay_ms, "jitter_ms": impair.jitter_ms, "loss": impair.loss}
 
 
 def _step(record: StepRecord) -> dict[str, Any]:

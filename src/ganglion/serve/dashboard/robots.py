@@ -14,7 +14,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from ganglion.errors import GanglionError, WireError
 from ganglion.serve.dashboard.orders import error_body
 from ganglion.serve.hub import Hub, Robot
-from ganglion.serve.side import MAX_MESSAGE_BYTES, Watch
+from ganglion.serve.side import MAX_MESSAGE_BYTES, Impair, Watch
 from ganglion.wire import WireLimits, encode, unpack
 
 logger = logging.getLogger(__name__)
@@ -83,15 +83,15 @@ class SideChannel:
 
 
 class _Wishes:
-    """The newest thing to tell one robot; newer ones replace it."""
+    """The newest things to tell one robot, one of each kind; newer ones replace them."""
 
     def __init__(self) -> None:
-        self._watch: Watch | None = None
+        self._wishes: dict[type, Watch | Impair] = {}
         self._is_replaced = False
         self._news = asyncio.Event()
 
-    def tell(self, watch: Watch) -> None:
-        self._watch = watch
+    def tell(self, wish: Watch | Impair) -> None:
+        self._wishes[type(wish)] = wish
         self._news.set()
 
     def take_over(self) -> None:
@@ -104,8 +104,9 @@ class _Wishes:
             self._news.clear()
             if self._is_replaced:
                 raise _CloseError(1008, "a newer connection of this robot took over")
-            if self._watch is not None:
-                await socket.send_bytes(encode(self._watch.message()))
+            wishes, self._wishes = self._wishes, {}
+            for wish in wishes.values():
+                await socket.send_bytes(encode(wish.message()))
 
 
 async def _next_message(socket: WebSocket) -> dict[str, Any]:
