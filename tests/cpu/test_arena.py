@@ -11,7 +11,8 @@ from torch import Tensor
 from ganglion.errors import OutOfPagesError
 from ganglion.layout import DTYPE_BYTES, PageKind, PageLayout, PoolLayout
 from ganglion.memory.arena import Arena
-from ganglion.memory.ledger import CopyOrder, Ledger
+from ganglion.memory.ledger import Ledger
+from ganglion.memory.orders import CopyOrder
 from ganglion.memory.prefix import PageKey
 from ganglion.types import PageId
 

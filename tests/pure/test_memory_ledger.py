@@ -4,7 +4,8 @@ import pytest
 
 from ganglion.errors import OutOfPagesError
 from ganglion.layout import PageKind, PageLayout, PoolLayout
-from ganglion.memory.ledger import CopyOrder, Ledger
+from ganglion.memory.ledger import Ledger
+from ganglion.memory.orders import CopyOrder
 from ganglion.memory.prefix import PageKey, chain, page_keys
 from ganglion.types import LivePage, PageId
 

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ganglion.errors import OutOfPagesError
 from ganglion.layout import PageKind, PageLayout, PoolLayout
 from ganglion.memory.ledger import Ledger
+from ganglion.memory.orders import CopyOrder, Moves
 from ganglion.memory.prefix import PageKey
 from ganglion.types import PageId
 
@@ -23,6 +24,7 @@ POOL = PoolLayout(
 )
 PER_LARGE = {name: 64 // size for name, size in SIZES.items()}
 NAMES = st.sampled_from(sorted(SIZES))
+MAX_LARGE = 8
 KEYS = st.integers(0, 9).map(lambda at: PageKey(bytes([at])))
 Page = tuple[str, int]
 
@@ -100,6 +102,13 @@ class Plain:
             del self.num_refs[page]
             self.note_idle()
 
+    def move(self, source: Page, target: Page) -> None:
+        """All that is known of the page is known of its new place."""
+        for known in (self.num_refs, self.key_of, self.cached_at):
+            if source in known:
+                known[target] = known.pop(source)  # type: ignore[attr-defined, index]
+        self.note_idle()
+
     def note_idle(self, not_yet_free: list[Page] | None = None) -> None:
         """A large page is idle since the last of its pages was let go; of two at once, the first goes first."""
         held = {self.large_of(page) for page in [*self.num_refs, *(not_yet_free or [])]}
@@ -110,9 +119,12 @@ class Plain:
 
 
 class LedgerLife(RuleBasedStateMachine):
-    @initialize(num_large=st.integers(1, 8))
+    @initialize(num_large=st.integers(1, MAX_LARGE))
     def open(self, num_large: int) -> None:
-        self.ledger, self.plain = Ledger(POOL, num_large), Plain(num_large)
+        self.ledger = Ledger(POOL, num_large, max_large_pages=MAX_LARGE)
+        self.ledger.attach(self)
+        self.plain, self.budget = Plain(num_large), num_large
+        self.moves: list[Moves] = []
         self.tables: list[Table] = []
         self.pinned: list[Table] = []
 
@@ -237,6 +249,57 @@ class LedgerLife(RuleBasedStateMachine):
         self.ledger.unpin(table.layout, table.pages)
         self.plain.let_go(self.own(table.layout, table.pages))
 
+    def relocate(self, moves: Moves) -> None:
+        """As a holder: the ids that the tables remember follow."""
+        self.moves.append(moves)
+        for table in self.tables:
+            table.pages = moves.now_at(table.layout, table.pages)
+
+    @rule(num_large=st.integers(0, MAX_LARGE))
+    def set_budget(self, num_large: int) -> None:
+        self.ledger.set_num_large_pages(num_large)
+        self.budget, self.plain.num_large = num_large, max(num_large, self.plain.num_large)
+
+    @rule(budget_bytes=st.sampled_from([0, 16, 40, 100, 10_000]), num_spare=st.integers(0, 8))
+    def defragment(self, budget_bytes: int, num_spare: int) -> None:
+        """Whatever moved kept all that is known of it; nobody else's page was overwritten; nothing cost too much."""
+        plain, pins = self.plain, {(table.layout, table.pages[0]) for table in self.pinned}
+        moves = self.ledger.plan_moves(budget_bytes, num_spare=num_spare)
+        if moves is None:
+            moves = Moves(copies=(), places={}, released=())
+        assert self.moves == ([moves] if moves.copies else []), "holders learn of moves"
+        self.moves.clear()
+        came_from: dict[Page, Page] = {}
+        for copy in moves.copies:
+            source, target = self.check_copy(copy)
+            assert source not in pins
+            came_from[target] = came_from.pop(source, source)
+            plain.move(source, target)
+        places = {old: new for new, old in came_from.items()}
+        assert places == {
+            (name, old): (name, new) for name, of in moves.places.items() for old, new in of.items()
+        }
+        evicted = plain.cached_at.keys() - {
+            (page.layout, page.page_id) for page in self.ledger.stats().live_pages
+        }
+        assert not evicted or plain.num_large > self.budget, "only a pool that is too large evicts"
+        for page in evicted:
+            del plain.cached_at[page], plain.key_of[page]
+        plain.note_idle()
+        plain.num_large -= len(moves.released)
+        assert not moves.released or plain.num_large >= self.budget
+        num_bytes = sum(SIZES[copy.layout] for copy in moves.copies)
+        assert num_bytes + sum(SIZES[page[0]] for page in evicted) <= budget_bytes
+
+    def check_copy(self, copy: CopyOrder) -> tuple[Page, Page]:
+        source, target = (copy.layout, copy.source), (copy.layout, copy.target)
+        live = self.plain.live(copy.layout)
+        assert source in live
+        assert target not in live
+        assert self.plain.large_of(source) != self.plain.large_of(target)
+        assert self.plain.large_of(target) in self.plain.open_larges(copy.layout), "no new ones"
+        return source, target
+
     @invariant()
     def agree(self) -> None:
         if not hasattr(self, "ledger"):
@@ -254,6 +317,7 @@ class LedgerLife(RuleBasedStateMachine):
             assert self.ledger.num_free(name) == self.plain.num_free(name)
             assert self.ledger.num_evictable(name) == self.plain.num_evictable(name)
             assert stats.num_cached_pages[name] == sum(p[0] == name for p in self.plain.cached_at)
+        assert stats.num_large_pages == self.ledger.num_large_pages == self.plain.num_large
         num_open = sum(len(self.plain.open_larges(name)) for name in SIZES)
         assert stats.num_free_large_pages == self.plain.num_large - num_open
 
@@ -266,9 +330,8 @@ class LedgerLife(RuleBasedStateMachine):
             self.ledger.release(table.layout, table.pages)
         self.ledger.check_integrity()
         assert sum(self.ledger.stats().num_used_pages.values()) == 0
-        assert len(self.ledger.reserve("state", self.plain.num_large, owner="all")) == (
-            self.plain.num_large
-        )
+        self.ledger.set_num_large_pages(MAX_LARGE)
+        assert len(self.ledger.reserve("state", MAX_LARGE, owner="all")) == MAX_LARGE
         self.ledger.check_integrity()
 
 

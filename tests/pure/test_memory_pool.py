@@ -12,7 +12,7 @@ def slabs(large: LargePages, per_large: int = 4) -> Slabs:
 
 
 def test_a_partial_large_page_is_filled_before_a_new_one_is_opened() -> None:
-    large = LargePages(3)
+    large = LargePages(3, 3)
     pool = slabs(large)
     first = pool.take(6)
     assert (pool.num_open, pool.num_free, large.num_free) == (2, 2, 1)
@@ -24,7 +24,7 @@ def test_a_partial_large_page_is_filled_before_a_new_one_is_opened() -> None:
 
 
 def test_an_unused_large_page_goes_to_whoever_comes_next() -> None:
-    large = LargePages(2)
+    large = LargePages(2, 2)
     small, big = slabs(large), slabs(large, per_large=1)
     pages = small.take(5)
     small.give(pages[:4], 1)
@@ -36,7 +36,7 @@ def test_an_unused_large_page_goes_to_whoever_comes_next() -> None:
 
 
 def test_a_large_page_is_idle_while_nobody_holds_any_of_it() -> None:
-    pool = slabs(LargePages(1))
+    pool = slabs(LargePages(1, 1))
     a, b = pool.take(2)
     pool.park(a, 1)
     assert pool.num_idle == 0
@@ -54,7 +54,7 @@ def test_a_large_page_is_idle_while_nobody_holds_any_of_it() -> None:
 
 
 def test_integrity_sees_a_page_in_two_states() -> None:
-    pool = slabs(LargePages(1))
+    pool = slabs(LargePages(1, 1))
     (page,) = pool.take(1)
     with pytest.raises(AssertionError, match="two states"):
         pool.check_integrity(held={page, PageId(3)}, parked=set())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ganglion.layout import PoolLayout
-from ganglion.memory.ledger import CopyOrder
+from ganglion.memory.orders import CopyOrder
 from ganglion.types import PageId
 
 ALIGN_BYTES = 64

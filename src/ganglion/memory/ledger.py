@@ -11,11 +11,14 @@ models, no time but its own count of events.
 | free | 0 | no | - |
 """
 
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from typing import cast
 
-from ganglion.errors import OutOfPagesError
-from ganglion.layout import PageLayout, PoolLayout
+from ganglion.errors import FieldError, OutOfPagesError
+from ganglion.layout import PoolLayout
+from ganglion.memory.book import Book
+from ganglion.memory.compact import Itinerary, weakest_victim
+from ganglion.memory.orders import CopyOrder, Holder, Moves, Writable
 from ganglion.memory.pool import LargePages, Slabs
 from ganglion.memory.prefix import PageKey
 from ganglion.memory.retention.lru import Lru
@@ -27,57 +30,6 @@ CACHED = "cached"
 PINNED = "pinned"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CopyOrder:
-    """Copy one page's bytes. Orders are obeyed in their order, before anything else writes."""
-
-    layout: str
-    source: PageId
-    target: PageId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Writable:
-    """A table whose page at the asked index may be written, once `copy` is done."""
-
-    pages: tuple[PageId, ...]
-    copy: CopyOrder | None
-
-
-@dataclass(slots=True, kw_only=True)
-class _Book:
-    """What the ledger knows of one layout's pages. The lists are indexed by page id and grow with the pool's use."""
-
-    layout: PageLayout
-    slabs: Slabs
-    cached: Value
-    num_refs: list[int] = field(default_factory=list)  # pins included
-    owners: list[str] = field(default_factory=list)
-    keys: list[PageKey | None] = field(default_factory=list)
-    epochs: list[int] = field(default_factory=list)  # number of the reservation; 0: never reserved
-    is_valid: bytearray = field(default_factory=bytearray)
-    num_pins: dict[PageId, int] = field(default_factory=dict)
-    page_of: dict[PageKey, PageId] = field(default_factory=dict)
-
-    def grow(self) -> None:
-        """Make room for all ids that the pool has handed out; a half more, so that growing stays rare."""
-        num_new = self.slabs.num_ids - len(self.num_refs) + len(self.num_refs) // 2
-        self.num_refs += [0] * num_new
-        self.owners += [""] * num_new
-        self.keys += [None] * num_new
-        self.epochs += [0] * num_new
-        self.is_valid += bytes(num_new)
-
-    def evict(self, page: PageId) -> None:
-        """cached -> free: nobody finds it any more."""
-        key = self.keys[page]
-        assert key is not None, f"{self.layout.name} page {page} is cached without a key"
-        self.keys[page] = None
-        del self.page_of[key]
-        self.cached.drop(page)
-        self.slabs.evict(page)
-
-
 class Ledger:
     """Page ids are unique within a layout only: a page is always named with its layout."""
 
@@ -86,12 +38,14 @@ class Ledger:
         layout: PoolLayout,
         num_large_pages: int,
         *,
+        max_large_pages: int | None = None,
         value: Callable[[], Value] = Lru,
     ) -> None:
+        """`max_large_pages`: what the budget may be raised to; by default `num_large_pages`."""
         self._layout = layout
-        self._large_pages = LargePages(num_large_pages)
+        self._large_pages = LargePages(num_large_pages, max_large_pages or num_large_pages)
         self._books = {
-            small.name: _Book(
+            small.name: Book(
                 layout=small,
                 slabs=Slabs(
                     self._large_pages,
@@ -102,6 +56,7 @@ class Ledger:
             )
             for small in layout.layouts
         }
+        self._holders: dict[Holder, None] = {}
         self._num_events = 0  # the clock of `Value`
         self._num_reservations = 0
         self._num_hits = self._num_misses = 0
@@ -120,7 +75,7 @@ class Ledger:
             if page is None:
                 break
             if not num_refs[page]:
-                book.cached.drop(page)
+                book.cached.drop(key)
                 book.slabs.unpark(page)
                 owners[page] = owner
             elif owners[page] != owner:
@@ -150,6 +105,27 @@ class Ledger:
                 assert book.keys[page] is None, f"{layout_name} page {page} has a key already"
                 book.page_of[key] = page
                 book.keys[page] = key
+
+    def merge(
+        self, layout_name: str, page_ids: Sequence[PageId], keys: Sequence[PageKey], *, owner: str
+    ) -> tuple[PageId, ...]:
+        """The same table without copies of what is known: a page whose key belongs to another one is given back for it.
+
+        For tables that were made at the same time from the same content, once they are committed.
+        """
+        book = self._books[layout_name]
+        pages = list(page_ids)
+        for at, (page, key) in enumerate(zip(page_ids, keys, strict=True)):
+            known = book.page_of.get(key, page)
+            if known != page:
+                if not book.num_refs[known]:
+                    book.revive(known, owner)
+                elif book.owners[known] != owner:
+                    book.owners[known] = SHARED
+                book.num_refs[known] += 1
+                self.release(layout_name, (page,))
+                pages[at] = known
+        return tuple(pages)
 
     # --- references ------------------------------------------------------------------------------------------
 
@@ -201,11 +177,12 @@ class Ledger:
                 num_refs[page] = count - 1
             elif count:
                 num_refs[page] = 0
-                if keys[page] is None:
+                key = keys[page]
+                if key is None:
                     freed.append(page)
                 else:
                     self._num_events += 1
-                    book.cached.keep(page, self._num_events)
+                    book.cached.keep(key, self._num_events)
                     book.slabs.park(page, self._num_events)
             else:
                 raise AssertionError(f"release of {layout_name} page {page}, which nobody holds")
@@ -234,16 +211,16 @@ class Ledger:
         )
 
     def pin(self, layout_name: str, page_ids: Sequence[PageId]) -> None:
-        """Keep these held or cached pages, readers or not, until `unpin`; pins add up."""
+        """Keep these held or cached pages, readers or not, in their place, until `unpin`; pins add up."""
         book = self._books[layout_name]
         for page in page_ids:
             if not book.num_refs[page]:
-                assert book.keys[page] is not None, f"pin of the free {layout_name} page {page}"
-                book.cached.drop(page)
-                book.slabs.unpark(page)
-                book.owners[page] = PINNED
+                book.revive(page, PINNED)
             book.num_refs[page] += 1
-            book.num_pins[page] = book.num_pins.get(page, 0) + 1
+            num_pins = book.num_pins.get(page, 0)
+            book.num_pins[page] = num_pins + 1
+            if not num_pins:
+                book.slabs.stick(page)
 
     def unpin(self, layout_name: str, page_ids: Sequence[PageId]) -> None:
         """One pin less each."""
@@ -253,6 +230,8 @@ class Ledger:
             assert num_pins, f"unpin of {layout_name} page {page}, which has no pin"
             if num_pins > 1:
                 book.num_pins[page] = num_pins - 1
+            else:
+                book.slabs.unstick(page)
         self.release(layout_name, page_ids)
 
     # --- room ------------------------------------------------------------------------------------------------
@@ -268,7 +247,7 @@ class Ledger:
         num_idle = sum(book.slabs.num_idle for book in self._books.values()) - slabs.num_idle
         return slabs.num_parked + num_idle * slabs.pages_per_large
 
-    def _make_room(self, book: _Book, num_pages: int) -> None:
+    def _make_room(self, book: Book, num_pages: int) -> None:
         name = book.layout.name
         num_free, num_evictable = self.num_free(name), self.num_evictable(name)
         if num_pages > num_free + num_evictable:
@@ -276,25 +255,106 @@ class Ledger:
         while self.num_free(name) < num_pages:
             self._evict(book)
 
-    def _evict(self, book: _Book) -> None:
+    def _evict(self, book: Book) -> None:
         """Drop what is worth least: a cached page of this layout, or a whole idle large page of another one."""
-        page = book.cached.weakest()
-        least = None if page is None else book.cached.worth(page)
-        victim: _Book | None = None
-        large = 0
-        for other in self._books.values():
-            candidate = None if other is book else other.slabs.idle.weakest()
-            if candidate is not None:
-                worth = other.slabs.idle.worth(candidate)
-                if least is None or worth < least:
-                    least, victim, large = worth, other, candidate
-        if victim is not None:
-            for at in victim.slabs.pages_of(large):
-                if victim.keys[at] is not None:
-                    victim.evict(PageId(at))
-        else:
-            assert page is not None, f"nothing to evict for {book.layout.name}"
-            book.evict(PageId(page))
+        key = book.cached.weakest()
+        least = None if key is None else book.cached.worth(key)
+        idle = self._weakest_idle(but=book)
+        if idle is not None:
+            other, large = idle
+            worth = other.slabs.idle.worth(large)
+            if least is None or worth < least:
+                for page in other.cached_in(large):
+                    other.evict(page)
+                return
+        assert key is not None, f"nothing to evict for {book.layout.name}"
+        book.evict(book.page_of[cast(PageKey, key)])
+
+    def _weakest_idle(self, *, but: Book | None = None) -> tuple[Book, int] | None:
+        """The idle large page that is worth least, and whose it is."""
+        candidates = [
+            (book, large)
+            for book in self._books.values()
+            if book is not but
+            and (large := cast("int | None", book.slabs.idle.weakest())) is not None
+        ]
+        return min(candidates, key=lambda at: at[0].slabs.idle.worth(at[1]), default=None)
+
+    # --- places ----------------------------------------------------------------------------------------------
+
+    @property
+    def num_large_pages(self) -> int:
+        """Large pages in circulation: the budget, and until `plan_moves` has freed them those over it."""
+        return self._large_pages.num_large_pages
+
+    def set_num_large_pages(self, num_large_pages: int) -> None:
+        """Raise the budget at once, or lower it: `plan_moves` frees what is over it, step by step.
+
+        Raises FieldError when the arena has no such budget.
+        """
+        highest = self._large_pages.max_large_pages
+        if not 0 <= num_large_pages <= highest:
+            raise FieldError(
+                "num_large_pages",
+                expected=f"0..{highest}, what the arena was made for",
+                got=str(num_large_pages),
+                next_step="start the server with a larger memory.arena_bytes",
+            )
+        self._large_pages.budget = num_large_pages
+        self._large_pages.recall()
+
+    def attach(self, holder: Holder) -> None:
+        """`holder` remembers page ids between steps: it learns of every move until `detach`."""
+        self._holders[holder] = None
+
+    def detach(self, holder: Holder) -> None:
+        """`holder` remembers no page id any more."""
+        del self._holders[holder]
+
+    def plan_moves(self, budget_bytes: int, *, num_spare: int) -> Moves | None:
+        """Between two steps: bring large pages under the budget of the pool, and `num_spare` of them free.
+
+        Small pages, cached ones included, move out of the emptiest large pages, `budget_bytes` of them at most; nothing
+        moves while enough is free. Over the budget of the pool, cached pages go when moving cannot help; each counts as
+        bytes too. References, keys, epochs, owners and the order of eviction move along, and so do all holders. None
+        when there is nothing to do; else the caller carries the orders out before anything reads or writes.
+        """
+        large_pages = self._large_pages
+        released = large_pages.retire()
+        itinerary = Itinerary()
+        while large_pages.num_surplus or large_pages.num_free < num_spare:
+            victim = weakest_victim(self._books, budget_bytes)
+            if victim is not None:
+                budget_bytes -= itinerary.move(victim, budget_bytes, self._num_events)
+            elif large_pages.num_surplus:
+                num_bytes = self._evict_idle(budget_bytes)
+                if not num_bytes:
+                    break
+                budget_bytes -= num_bytes
+            else:
+                break
+            released += large_pages.retire()
+        if not itinerary.copies and not released:
+            return None
+        moves = Moves(
+            copies=tuple(itinerary.copies), places=itinerary.places, released=tuple(released)
+        )
+        if moves.places:
+            for holder in self._holders:
+                holder.relocate(moves)
+        return moves
+
+    def _evict_idle(self, budget_bytes: int) -> int:
+        """Drop cached pages of the idle large page that is worth least; returns their bytes, at most the budget."""
+        idle = self._weakest_idle()
+        if idle is None:
+            return 0
+        book, large = idle
+        page_bytes = book.layout.page_bytes
+        pages = book.cached_in(large)[: budget_bytes // page_bytes]
+        for page in pages:
+            book.evict(page)
+        return len(pages) * page_bytes
 
     # --- checks and statistics -------------------------------------------------------------------------------
 
@@ -347,7 +407,7 @@ class Ledger:
             live_pages=tuple((live + cached)[:max_live_pages]),
         )
 
-    def _live_pages(self, book: _Book, pages: Sequence[int]) -> list[LivePage]:
+    def _live_pages(self, book: Book, pages: Sequence[int]) -> list[LivePage]:
         name, kind = book.layout.name, book.layout.kind.value
         return [
             LivePage(
@@ -363,26 +423,8 @@ class Ledger:
 
     def check_integrity(self) -> None:
         """Raise AssertionError, with numbers, unless every page is in exactly one state and all counters agree."""
-        larges: Set[int] = self._large_pages.free_set()
-        num_open = 0
-        for name, book in self._books.items():
-            pages = [PageId(page) for page in range(len(book.num_refs))]
-            held = {page for page in pages if book.num_refs[page]}
-            cached = {page for page in pages if not book.num_refs[page] and book.keys[page]}
-            assert len(book.num_refs) >= book.slabs.num_ids, (len(pages), book.slabs.num_ids)
-            assert min(book.num_refs, default=0) >= 0, f"{name}: negative references"
-            book.slabs.check_integrity(held=held, parked=cached)
-            by_key = {key: page for page in pages if (key := book.keys[page]) is not None}
-            assert by_key == book.page_of, f"{name}: keys and pages disagree"
-            assert all(book.is_valid[page] for page in by_key.values()), f"{name}: key, not valid"
-            for page, num_pins in book.num_pins.items():
-                assert 0 < num_pins <= book.num_refs[page], (name, page, num_pins)
-            for page in cached:
-                assert book.cached.worth(page) > 0, f"{name}: cached page {page} has no worth"
-            larges = larges | set(book.slabs.open_larges())
-            num_open += book.slabs.num_open
-        assert (
-            num_open + self._large_pages.num_free
-            == self._large_pages.num_large_pages
-            == len(larges)
-        ), (num_open, self._large_pages.num_free, self._large_pages.num_large_pages, len(larges))
+        for book in self._books.values():
+            book.check_integrity()
+        self._large_pages.check_integrity(
+            [large for book in self._books.values() for large in book.slabs.open_larges()]
+        )

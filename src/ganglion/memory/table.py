@@ -4,9 +4,10 @@ A writer publishes whole tables, readers lease the newest version: neither waits
 pages go back to the ledger with its last reader. Knows pages by id; what they hold is the caller's affair.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ganglion.memory.ledger import Ledger
+from ganglion.memory.orders import Moves
 from ganglion.types import PageId
 
 
@@ -19,9 +20,12 @@ class PageTable:
     num_slots: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Lease:
-    """One reader's right to one version: its pages stay, unchanged, until `VersionedTable.release`."""
+    """Readers' right to one version: its pages stay, unchanged, until `VersionedTable.release`.
+
+    Between two steps their bytes may move: `tables` always says where they are, a page id taken from it does not.
+    """
 
     version: int
     tables: tuple[PageTable, ...]
@@ -58,6 +62,8 @@ class VersionedTable:
         for table, of_table in zip(tables, epochs, strict=True):
             self._ledger.check_held(table.layout, table.pages, of_table)
         superseded = self._versions.get(self.version)
+        if not self._versions:
+            self._ledger.attach(self)
         self.version += 1
         lease = Lease(version=self.version, tables=tables)
         self._versions[self.version] = _Version(lease, epochs, num_holders=1)
@@ -88,6 +94,16 @@ class VersionedTable:
         if newest is not None:
             self._let_go(newest)
 
+    def relocate(self, moves: Moves) -> None:
+        """The ledger moved pages: leases in readers' hands follow."""
+        for version in self._versions.values():
+            version.lease.tables = tuple(
+                [
+                    replace(table, pages=moves.now_at(table.layout, table.pages))
+                    for table in version.lease.tables
+                ]
+            )
+
     def num_pages(self) -> dict[str, int]:
         """Pages held, by layout, over all living versions."""
         counts: dict[str, int] = {}
@@ -109,3 +125,5 @@ class VersionedTable:
             del self._versions[version.lease.version]
             for table in version.lease.tables:
                 self._ledger.release(table.layout, table.pages)
+            if not self._versions:
+                self._ledger.detach(self)

@@ -2,6 +2,8 @@
 
 from collections import OrderedDict
 
+from ganglion.memory.retention.value import Item
+
 
 class Lru:
     """Items by the time of their last reader.
@@ -11,16 +13,16 @@ class Lru:
     """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[int, int] = OrderedDict()
+        self._kept: OrderedDict[Item, int] = OrderedDict()
 
-    def keep(self, item: int, now: int) -> None:
+    def keep(self, item: Item, now: int) -> None:
         self._kept[item] = now
 
-    def drop(self, item: int) -> None:
+    def drop(self, item: Item) -> None:
         del self._kept[item]
 
-    def weakest(self) -> int | None:
+    def weakest(self) -> Item | None:
         return next(iter(self._kept), None)
 
-    def worth(self, item: int) -> float:
+    def worth(self, item: Item) -> float:
         return self._kept[item]

@@ -1,0 +1,52 @@
+"""Orders: what the ledger decided, as ints for those who own the bytes and for those who remember page ids. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ganglion.types import PageId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyOrder:
+    """Copy one page's bytes. Orders are obeyed in their order, before anything else writes."""
+
+    layout: str
+    source: PageId
+    target: PageId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writable:
+    """A table whose page at the asked index may be written, once `copy` is done."""
+
+    pages: tuple[PageId, ...]
+    copy: CopyOrder | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moves:
+    """Pages that changed their place between two steps, and large pages that left the budget.
+
+    The ledger and all its holders are at the new places already; the bytes follow with `copies`. `places`: layout ->
+    old id -> new id. `released`: large pages whose bytes nobody needs until the budget is raised again.
+    """
+
+    copies: tuple[CopyOrder, ...]
+    places: Mapping[str, Mapping[PageId, PageId]]
+    released: tuple[int, ...]
+
+    def now_at(self, layout: str, pages: Sequence[PageId]) -> tuple[PageId, ...]:
+        """Where the pages of a table are now."""
+        places = self.places.get(layout)
+        if not places or places.keys().isdisjoint(pages):
+            return tuple(pages)
+        return tuple([places.get(page, page) for page in pages])
+
+
+class Holder(Protocol):
+    """Whoever remembers page ids from one step to the next: a versioned table, the requests in flight."""
+
+    def relocate(self, moves: Moves) -> None:
+        """Replace the old ids; called before the bytes are copied, and never while a step runs."""
+        ...
