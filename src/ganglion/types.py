@@ -95,6 +95,7 @@ class Row:
     is_new: bool = False  # its own pages hold nothing yet
     shift: int = 0
     plan: Plan | None = None
+    num_units: int | None = None  # flow steps that it takes in all; None: its stage's number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

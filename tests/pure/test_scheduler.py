@@ -173,3 +173,37 @@ def test_measured_cost_interpolates() -> None:
     assert cost.estimate_us("m", "s", num_rows=8, num_units=1) == 800
     cost.observe("m", "s", num_rows=1, num_units=1, run_us=300)
     assert cost.estimate_us("m", "s", num_rows=1, num_units=1) == 300
+
+
+def test_of_about_equal_deadlines_the_robot_that_waited_longer_goes_first() -> None:
+    rows = [
+        WorkView(request_id=RequestId(1), model="m", deadline_us=900, cursors=(1, 1, 1, 4)),
+        WorkView(
+            request_id=RequestId(2),
+            model="m",
+            deadline_us=4_000,
+            cursors=(1, 1, 1, 4),
+            wait_ratio=0.5,
+        ),
+        WorkView(
+            request_id=RequestId(3),
+            model="m",
+            deadline_us=40_000,
+            cursors=(1, 1, 1, 4),
+            wait_ratio=9.0,
+        ),
+    ]
+    orders = scheduler(max_rows=1).plan(rows, 350)
+    assert [o.rows for o in orders] == [(2,), (1,), (3,)]
+
+
+def test_a_request_of_fewer_flow_steps_shares_pieces_and_ends_early() -> None:
+    short = WorkView(
+        request_id=RequestId(2),
+        model="m",
+        deadline_us=6,
+        cursors=(1, 1, 1, 0),
+        num_units=(1, 1, 1, 2),
+    )
+    orders = scheduler().plan([work(1, 5, (1, 1, 1, 0)), short], 10_000)
+    assert [(o.rows, o.num_units) for o in orders] == [((1, 2), 2), ((1,), 3)]

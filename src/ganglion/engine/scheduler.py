@@ -1,11 +1,12 @@
 """Scheduler: which rows advance by how many units in the next step. Pure ints: sees cursors and deadlines only.
 
-Called by `engine.step`. Earliest deadline first; rows of one stage batch together, from different robots and at
-different cursors. Within a step, stages whose inputs an earlier wave of the same step computes follow at once, so an
-idle server answers in one step.
+Called by `engine.step`. Earliest deadline first, and among about equal deadlines the robot that waited longest; rows of
+one stage batch together, from different robots and at different cursors. Within a step, stages whose inputs an earlier
+wave of the same step computes follow at once, so an idle server answers in one step.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
@@ -24,8 +25,26 @@ class Scheduler(Protocol):
         ...
 
 
+TIE_US = 10_000  # deadlines in the same 10 ms count as equal: less than a control tick is noise
+
+
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """One request while a plan is made: [0, cursors[i]) of stage i's ends[i] units are computed or planned."""
+
+    cursors: list[int]
+    ends: tuple[int, ...]
+
+    def is_done(self, at: int) -> bool:
+        return self.cursors[at] == self.ends[at]
+
+
 class DeadlineScheduler:
-    """Earliest deadline first within a budget of microseconds (compare EDF in Liu and Layland, 1973; Clockwork)."""
+    """Earliest deadline first within a budget of microseconds (compare EDF in Liu and Layland, 1973; Clockwork).
+
+    A request's deadline is the time at which its robot runs dry. Who has waited longer for chunks, as a share of the
+    time spent executing them, goes first among equals (wait ratio: Kairos, arXiv 2605.11381).
+    """
 
     def __init__(
         self,
@@ -43,27 +62,31 @@ class DeadlineScheduler:
         }
 
     def plan(self, view: Sequence[WorkView], budget_us: int) -> tuple[PieceOrder, ...]:
-        ordered = sorted(view, key=lambda work: (work.deadline_us, work.request_id))
-        cursors = {work.request_id: list(work.cursors) for work in ordered}
+        ordered = sorted(view, key=_urgency)
+        progress = {work.request_id: self._progress(work) for work in ordered}
         orders: list[PieceOrder] = []
         left_us, wave = budget_us, 0
         while left_us > 0:
-            placed = self._plan_wave(ordered, cursors, left_us, wave, is_first=not orders)
+            placed = self._plan_wave(ordered, progress, left_us, wave, is_first=not orders)
             if not placed:
                 break
             for order in placed:
                 at = self._index[order.model][order.stage.name]
                 for request_id in order.rows:
-                    cursors[request_id][at] += order.num_units
+                    progress[request_id].cursors[at] += order.num_units
             orders += placed
             left_us -= _wave_us(placed)
             wave += 1
         return tuple(orders)
 
+    def _progress(self, work: WorkView) -> _Progress:
+        ends = work.num_units or tuple(stage.num_units for stage in self._stages[work.model])
+        return _Progress(list(work.cursors), ends)
+
     def _plan_wave(
         self,
         ordered: Sequence[WorkView],
-        cursors: Mapping[RequestId, list[int]],
+        progress: Mapping[RequestId, _Progress],
         budget_us: int,
         wave: int,
         *,
@@ -71,22 +94,24 @@ class DeadlineScheduler:
     ) -> list[PieceOrder]:
         placed: list[PieceOrder] = []
         lane_us = [0] * self._num_lanes
-        for (model, at), rows in self._ready(ordered, cursors).items():
+        for (model, at), rows in self._ready(ordered, progress).items():
             stage = self._stages[model][at]
             if placed and stage.kind is SpanKind.DENOISE and all(lane_us):
                 break  # the next wave's batch has the rows too whose perception is placed here
             left_us, num_open = budget_us - min(lane_us), lane_us.count(min(lane_us))
             is_forced = is_first and not placed
-            fit = self._fit(model, stage, rows, at, cursors, left_us, num_open, is_forced=is_forced)
+            fit = self._fit(
+                model, stage, rows, at, progress, left_us, num_open, is_forced=is_forced
+            )
             for share in _split(fit, num_open):
                 lane = lane_us.index(min(lane_us))
-                order = self._order(model, stage, share, at, cursors, left_us, wave, lane)
+                order = self._order(model, stage, share, at, progress, left_us, wave, lane)
                 lane_us[lane] += order.cost_us
                 placed.append(order)
         return placed
 
     def _ready(
-        self, ordered: Sequence[WorkView], cursors: Mapping[RequestId, list[int]]
+        self, ordered: Sequence[WorkView], progress: Mapping[RequestId, _Progress]
     ) -> dict[tuple[str, int], list[RequestId]]:
         """Rows by stage, both in deadline order: a stage stands where its most urgent row stands.
 
@@ -95,12 +120,10 @@ class DeadlineScheduler:
         groups: dict[tuple[str, int], list[RequestId]] = {}
         for work in ordered:
             stages, index = self._stages[work.model], self._index[work.model]
-            cursor = cursors[work.request_id]
+            row = progress[work.request_id]
             for at, stage in enumerate(stages):
-                is_ready = cursor[at] < stage.num_units and all(
-                    cursor[index[name]] == stages[index[name]].num_units for name in stage.reads
-                )
-                if is_ready:
+                is_open = not row.is_done(at)
+                if is_open and all(row.is_done(index[name]) for name in stage.reads):
                     groups.setdefault((work.model, at), []).append(work.request_id)
         return dict(
             sorted(
@@ -115,7 +138,7 @@ class DeadlineScheduler:
         stage: Stage,
         rows: list[RequestId],
         at: int,
-        cursors: Mapping[RequestId, list[int]],
+        progress: Mapping[RequestId, _Progress],
         budget_us: int,
         num_open: int,
         *,
@@ -127,7 +150,8 @@ class DeadlineScheduler:
         overloaded server would get slower still.
         """
         rows = rows[: self._max_rows]
-        num_units = 1 if stage.is_divisible else stage.num_units - cursors[rows[0]][at]
+        first = progress[rows[0]]
+        num_units = 1 if stage.is_divisible else first.ends[at] - first.cursors[at]
         per_lane = -(-len(rows) // num_open)
         cost_us = self._cost.estimate_us(model, stage.name, num_rows=per_lane, num_units=num_units)
         return rows if is_forced or cost_us <= budget_us else []
@@ -138,12 +162,13 @@ class DeadlineScheduler:
         stage: Stage,
         rows: Sequence[RequestId],
         at: int,
-        cursors: Mapping[RequestId, list[int]],
+        progress: Mapping[RequestId, _Progress],
         budget_us: int,
         wave: int,
         lane: int,
     ) -> PieceOrder:
-        num_units = min(stage.num_units - cursors[request_id][at] for request_id in rows)
+        states = [progress[request_id] for request_id in rows]
+        num_units = min(state.ends[at] - state.cursors[at] for state in states)
         unit_us = max(1, self._cost.estimate_us(model, stage.name, num_rows=len(rows), num_units=1))
         if stage.is_divisible:
             num_units = min(num_units, max(1, budget_us // unit_us))
@@ -151,12 +176,16 @@ class DeadlineScheduler:
             model=model,
             stage=stage,
             rows=tuple(rows),
-            first_units=tuple(cursors[request_id][at] for request_id in rows),
+            first_units=tuple(state.cursors[at] for state in states),
             num_units=num_units,
             wave=wave,
             lane=lane,
             cost_us=unit_us * num_units,
         )
+
+
+def _urgency(work: WorkView) -> tuple[int, float, int, RequestId]:
+    return (work.deadline_us // TIE_US, -work.wait_ratio, work.deadline_us, work.request_id)
 
 
 def _split(rows: Sequence[RequestId], num_parts: int) -> list[Sequence[RequestId]]:

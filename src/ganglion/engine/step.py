@@ -94,9 +94,20 @@ class Engine:
         return context.num_pages() if context else {}
 
     def submit(
-        self, request_id: RequestId, model: str, observation: Observation, *, deadline_s: float
+        self,
+        request_id: RequestId,
+        model: str,
+        observation: Observation,
+        *,
+        deadline_s: float,
+        num_flow_steps: int | None = None,
+        wait_ratio: float = 0.0,
     ) -> Work:
-        """Admit one observation. Shared stages whose pages are known already start out done."""
+        """Admit one observation. Shared stages whose pages are known already start out done.
+
+        `deadline_s` and the robot's `wait_ratio` order the work. `num_flow_steps`: fewer units of the last stage than it
+        has; only where that is divisible.
+        """
         work = Work(
             request_id=request_id,
             model=model,
@@ -104,9 +115,14 @@ class Engine:
             spans={},
             deadline_us=round(deadline_s * 1e6),
             submitted_s=self._clock.now_s(),
+            wait_ratio=wait_ratio,
         )
         for stage in self._models[model].stages:
             work.spans[stage.name] = self._open_span(model, stage, observation)
+        if num_flow_steps is not None and work.last_span.stage.is_divisible:
+            most = work.last_span.stage.num_units
+            assert 0 < num_flow_steps <= most, f"{num_flow_steps} of {most} flow steps"
+            work.last_span.num_asked = num_flow_steps
         self._works[request_id] = work
         return work
 
@@ -115,6 +131,12 @@ class Engine:
         context = self._contexts.get(work.observation.session_id)
         if context is not None:
             context.execute(work.seen, actions)
+
+    def reorder(self, request_id: RequestId, *, deadline_s: float, wait_ratio: float) -> None:
+        """Its robot got another chunk, or will run dry at another time than was known when it came."""
+        work = self._works.get(request_id)
+        if work is not None:
+            work.deadline_us, work.wait_ratio = round(deadline_s * 1e6), wait_ratio
 
     def num_flow_steps(self, request_id: RequestId) -> int:
         """Flow steps that were run for a request in flight."""
@@ -175,6 +197,8 @@ class Engine:
                 model=work.model,
                 deadline_us=work.deadline_us,
                 cursors=tuple(span.cursor for span in work.spans.values()),
+                num_units=tuple(span.num_units for span in work.spans.values()),
+                wait_ratio=work.wait_ratio,
             )
             for work in self._works.values()
         ]
@@ -205,7 +229,7 @@ class Engine:
         if self._warm_start_share and not work.has_begun:
             plan = context.plan(work.seen, own=work.observation, max_prefix=spec.max_prefix)
             is_warm = plan is not None and 2 * len(plan.actions) >= spec.horizon
-            span.cursor = round(self._warm_start_share * span.stage.num_units) if is_warm else 0
+            span.cursor = round(self._warm_start_share * span.num_units) if is_warm else 0
 
     def _may_see_newer(self, work: Work) -> bool:
         late_steps = self._models[work.model].spec.late_context_steps
@@ -283,6 +307,7 @@ class Engine:
             is_new=is_first and not work.has_begun,
             shift=work.shift if is_first else 0,
             plan=plan,
+            num_units=work.last_span.num_asked,
         )
 
     # --- commit ----------------------------------------------------------------------------------------------

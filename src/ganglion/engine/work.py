@@ -20,16 +20,22 @@ class Span:
     keys: tuple[PageKey, ...] = ()  # one per page when the stage is shared
     cursor: int = 0
     pages: tuple[PageId, ...] = ()
+    num_asked: int | None = None  # units of this request, where they differ from the stage's
+
+    @property
+    def num_units(self) -> int:
+        """Units in all: a request may take fewer flow steps than its stage has."""
+        return self.stage.num_units if self.num_asked is None else self.num_asked
 
     @property
     def num_left(self) -> int:
         """Units that are still to be computed."""
-        return self.stage.num_units - self.cursor
+        return self.num_units - self.cursor
 
     @property
     def is_done(self) -> bool:
         """Are all its units computed?"""
-        return self.cursor == self.stage.num_units
+        return self.cursor == self.num_units
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,6 +48,7 @@ class Work:
     spans: dict[str, Span]
     deadline_us: int  # Clock time; orders the work
     submitted_s: float
+    wait_ratio: float = 0.0  # of its robot; goes before others of about the same deadline
     started_s: float | None = None
     perceive_us: float = 0.0
     generate_us: float = 0.0
@@ -90,6 +97,8 @@ class WorkView:
     model: str
     deadline_us: int
     cursors: tuple[int, ...]  # in the model's stage order
+    num_units: tuple[int, ...] | None = None  # where each cursor ends; None: where its stage does
+    wait_ratio: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

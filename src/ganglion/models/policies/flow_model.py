@@ -122,35 +122,37 @@ class FlowModel:
 
     def _denoise(self, stage: Stage, batch: StageBatch) -> Tensor:
         config = self._policy.config
-        width = 1.0 / self._num_flow_steps
+        widths = torch.tensor([self._width(row) for row in batch.rows], dtype=torch.float32)
         pages = torch.cat([batch.reads["text"], batch.reads["observation"]], dim=1)
         context = _from_pages(pages)[:, :, :, : config.num_context_tokens]
         latents = batch.reads[stage.name][:, 0]
-        tau = torch.tensor([row.first_unit for row in batch.rows], dtype=torch.float32) * width
+        tau = torch.tensor([row.first_unit for row in batch.rows], dtype=torch.float32) * widths
         taus = tau[:, None].repeat(1, config.horizon)
         for at, row in enumerate(batch.rows):
             latent = latents[at]
             if row.is_new:
-                latent.copy_(self._begun(row, width))
+                latent.copy_(self._begun(row))
             elif row.shift:
                 _move_up(latent, row.shift)
             if row.plan is not None and row.observation.execution is Execution.PREFIX:
                 num_committed = row.plan.num_committed
                 latent[:num_committed] = self._processor.prefix(row.plan.actions[:num_committed])
                 taus[at, :num_committed] = 1.0
-        latents = self._policy.denoise(
-            latents, taus, torch.full_like(tau, width), context, batch.num_units
-        )
+        latents = self._policy.denoise(latents, taus, widths, context, batch.num_units)
         return latents[:, None]
 
-    def _begun(self, row: Row, width: float) -> Float[Tensor, "horizon action"]:
+    def _width(self, row: Row) -> float:
+        """Of one flow step: a row may take fewer and wider ones than the checkpoint says."""
+        return 1.0 / (row.num_units or self._num_flow_steps)
+
+    def _begun(self, row: Row) -> Float[Tensor, "horizon action"]:
         """Noise; for a warm start, mixed with what is being executed as far as its flow time says."""
         noise = self._noise(row.observation)
         if row.first_unit == 0 or row.plan is None:
             return noise
         known = self._processor.prefix(row.plan.actions[: len(noise)])
         rest = known[-1:].expand(len(noise) - len(known), -1)
-        tau = row.first_unit * width
+        tau = row.first_unit * self._width(row)
         return (1 - tau) * noise + tau * torch.cat([known, rest])
 
     def _noise(self, observation: Observation) -> Float[Tensor, "horizon action"]:
