@@ -40,7 +40,7 @@ class Execution(StrEnum):
     RTC = "rtc"  # the chunk is guided to the one that is executed (arXiv 2506.07339)
     RTC_IDENTITY = "rtc-identity"  # the same without the network's Jacobian, as LeRobot computes it
     PREFIX = "prefix"  # the chunk begins with the actions that run anyway (arXiv 2512.05964)
-    ROLLED = "rolled"  # the state is rolled forward to the tick of execution (VLASH, arXiv 2512.01031)
+    ROLLED = "rolled"  # the state is rolled forward to the tick of execution (arXiv 2512.01031)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +181,8 @@ class SessionStats:
     last_seq: int
     context_version: int
     num_pages: Mapping[str, int]  # layout name -> pages it holds
+    in_flight: tuple[RequestId, ...] = ()  # its chunks under way, oldest first
+    execution: Execution = Execution.NAIVE  # as its newest observation in the engine says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +215,24 @@ class PoolStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowRecord:
+    """One row of a piece: which chunk it brought forward, how far, and what it read.
+
+    `seq` is the observation that the chunk answers, `context_seq` the newest that this piece read for it, and
+    `context_version` what that is in the session's public context; 0: no version (yet). Units [0, `first_unit`) were
+    computed before; `num_left` remain.
+    """
+
+    session_id: SessionId
+    request_id: RequestId
+    seq: int
+    first_unit: int
+    num_left: int
+    context_version: int
+    context_seq: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PieceRecord:
     """One piece of a finished engine step, for the timeline."""
 
@@ -224,7 +244,7 @@ class PieceRecord:
     num_units: int
     start_s: float
     run_us: float
-    sessions: tuple[SessionId, ...]
+    rows: tuple[RowRecord, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +257,25 @@ class StepRecord:
     budget_us: int
     num_waiting: int
     pieces: tuple[PieceRecord, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DegreeStats:
+    """What one degree of pipelining brings each robot, by forecast."""
+
+    degree: int
+    rate_hz: float  # chunks per second
+    latency_ms: float  # observation to chunk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaceStats:
+    """How many chunks of one robot may be under way at once, and why."""
+
+    degree: int
+    reason: str
+    max_age_ms: float  # degrees with a longer latency are not chosen
+    forecasts: tuple[DegreeStats, ...]  # by degree; empty when there is nothing to choose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,3 +292,5 @@ class ServiceStats:
     num_results: int
     num_errors: int
     num_cancelled: int
+    pace: PaceStats | None = None
+    rung: str | None = None  # of the quality ladder; None: there is none

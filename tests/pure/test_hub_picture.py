@@ -18,14 +18,18 @@ from ganglion.service import OnDone
 from ganglion.spec import PolicySpec
 from ganglion.types import (
     Command,
+    DegreeStats,
+    Execution,
     LivePage,
     Observation,
     OverridePrompt,
+    PaceStats,
     PageId,
     PieceRecord,
     PoolStats,
     RequestId,
     RobotId,
+    RowRecord,
     ServiceStats,
     SessionId,
     SessionStats,
@@ -69,6 +73,18 @@ def stats(*sessions: SessionStats, now_s: float = 10.0, **changes: Any) -> Servi
     return replace(known, **changes)
 
 
+def row(name: str, request_id: int) -> RowRecord:
+    return RowRecord(
+        session_id=SessionId(name),
+        request_id=RequestId(request_id),
+        seq=40,
+        first_unit=5,
+        num_left=0,
+        context_version=3,
+        context_seq=41,
+    )
+
+
 def step(number: int) -> StepRecord:
     piece = PieceRecord(
         model="fake",
@@ -79,7 +95,7 @@ def step(number: int) -> StepRecord:
         num_units=5,
         start_s=9.5,
         run_us=1500.0,
-        sessions=(SessionId("a"), SessionId("b")),
+        rows=(row("a", 7), row("b", 8)),
     )
     return StepRecord(
         step=number,
@@ -170,13 +186,37 @@ def test_old_telemetry_is_marked() -> None:
 
 def test_each_browser_gets_each_step_once() -> None:
     painter = Painter(Hub(SimulatedClock()))
-    picture = paint(painter, stats(steps=(step(4), step(5), step(6))))
+    picture = paint(painter, stats(session("a"), steps=(step(4), step(5), step(6))))
     assert [each["step"] for each in read(picture)["steps"]] == [4, 5, 6]
     assert [each["step"] for each in read(picture, last_step=5)["steps"]] == [6]
     assert picture.last_step == 6
     piece = read(picture)["steps"][0]["pieces"][0]
-    assert (piece["kind"], piece["lane"], piece["sessions"]) == ("denoise", 1, ["a", "b"])
+    assert (piece["kind"], piece["lane"]) == ("denoise", 1)
+    # card, request, its observation, first unit, units left, version read, observation read; "b" is gone: card 0
+    assert piece["rows"] == [[1, 7, 40, 5, 0, 3, 41], [0, 8, 40, 5, 0, 3, 41]]
     assert len(paint(painter, stats(steps=(step(6),))).steps) == 1  # old ones are forgotten
+
+
+def test_the_pace_and_the_rung_are_told() -> None:
+    pace = PaceStats(
+        degree=2,
+        reason="degree 2: more",
+        max_age_ms=250.0,
+        forecasts=(
+            DegreeStats(degree=1, rate_hz=10.0, latency_ms=100.0),
+            DegreeStats(degree=2, rate_hz=17.5, latency_ms=114.2857),
+        ),
+    )
+    arm = session("a", in_flight=(RequestId(7), RequestId(8)), execution=Execution.PREFIX)
+    state = read(paint(Painter(hub()), stats(arm, pace=pace, rung="5 flow steps")))
+    assert state["pace"]["degree"] == 2
+    assert state["pace"]["reason"] == "degree 2: more"
+    assert state["pace"]["forecasts"] == [[1, 10.0, 100.0], [2, 17.5, 114.286]]
+    assert state["rung"] == "5 flow steps"
+    assert state["arms"][0]["session"]["in_flight"] == [7, 8]
+    assert state["arms"][0]["session"]["execution"] == "prefix"
+    plain = read(paint(Painter(hub()), stats()))
+    assert (plain["pace"], plain["rung"]) == (None, None)
 
 
 def test_the_pool_is_sent_when_it_changed_and_at_most_twice_a_second() -> None:

@@ -121,7 +121,7 @@ def test_steps_and_the_pool_are_counted() -> None:
     metrics = Metrics()
     piece = PieceRecord(
         model="m", stage="denoise", kind=SpanKind.DENOISE, lane=0, num_rows=3, num_units=5,
-        start_s=0.0, run_us=4000.0, sessions=(),
+        start_s=0.0, run_us=4000.0, rows=(),
     )  # fmt: skip
     metrics.observe_step(
         StepRecord(step=1, start_s=0, run_us=5000, budget_us=20000, num_waiting=2, pieces=(piece,))

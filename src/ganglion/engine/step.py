@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from ganglion.clock import Clock
 from ganglion.engine.context import PublicContext, ticks_between
 from ganglion.engine.executor import Executor, PieceResult
+from ganglion.engine.record import step_record
 from ganglion.engine.scheduler import Scheduler
 from ganglion.engine.work import Piece, PieceOrder, Span, StepPlan, Work, WorkView
 from ganglion.errors import CancelledError, GanglionError, InternalError, OutOfPagesError
@@ -23,7 +24,6 @@ from ganglion.spec import Stage
 from ganglion.types import (
     Float32Array,
     Observation,
-    PieceRecord,
     RequestId,
     Row,
     SessionId,
@@ -313,6 +313,7 @@ class Engine:
     # --- commit ----------------------------------------------------------------------------------------------
 
     def _commit(self, plan: StepPlan, results: Sequence[PieceResult], start_s: float) -> StepRecord:
+        works = dict(self._works)
         for piece, result in zip(plan.pieces, results, strict=True):
             order = piece.order
             if not result.failed_rows:
@@ -333,7 +334,9 @@ class Engine:
                 else:
                     self._advance(work, order, result)
         self._emit([work for work in self._works.values() if work.is_done])
-        return self._record(plan, results, start_s)
+        record = step_record(plan, results, works, start_s=start_s, end_s=self._clock.now_s())
+        self.records.append(record)
+        return record
 
     def _advance(self, work: Work, order: PieceOrder, result: PieceResult) -> None:
         if work.started_s is None:
@@ -405,28 +408,3 @@ class Engine:
         if work.percept is not None:
             self._contexts[work.observation.session_id].release(work.percept)
         self._finished.append(Finished(work=work, outcome=outcome))
-
-    def _record(self, plan: StepPlan, results: Sequence[PieceResult], start_s: float) -> StepRecord:
-        record = StepRecord(
-            step=plan.step,
-            start_s=start_s,
-            run_us=(self._clock.now_s() - start_s) * 1e6,
-            budget_us=plan.budget_us,
-            num_waiting=plan.num_waiting,
-            pieces=tuple(
-                PieceRecord(
-                    model=piece.order.model,
-                    stage=piece.order.stage.name,
-                    kind=piece.order.stage.kind,
-                    lane=piece.order.lane,
-                    num_rows=len(piece.order.rows),
-                    num_units=piece.order.num_units,
-                    start_s=result.start_s,
-                    run_us=result.run_us,
-                    sessions=tuple(row.observation.session_id for row in piece.rows),
-                )
-                for piece, result in zip(plan.pieces, results, strict=True)
-            ),
-        )
-        self.records.append(record)
-        return record

@@ -20,15 +20,17 @@ from ganglion.errors import (
 from ganglion.metrics import Metrics
 from ganglion.pipeline.act import ActionGuard
 from ganglion.pipeline.session import Session, Submission
-from ganglion.pipeline.tune import Tuner
+from ganglion.pipeline.tune import Pace, Tuner
 from ganglion.service import Outcome
 from ganglion.spec import PolicySpec
 from ganglion.types import (
     ActionChunk,
     CloseSession,
     Command,
+    DegreeStats,
     Float32Array,
     OverridePrompt,
+    PaceStats,
     RequestId,
     ResetSession,
     ServiceStats,
@@ -282,6 +284,7 @@ class Dispatcher:
             num_results=self._num_results,
             num_errors=self._num_errors,
             num_cancelled=self._num_cancelled,
+            pace=_pace_stats(self._pace),
         )
 
     def _session_stats(self, session: Session, now_s: float) -> SessionStats:
@@ -299,4 +302,18 @@ class Dispatcher:
             last_seq=session.newest_seq,
             context_version=self._engine.context_version(session.session_id),
             num_pages=self._engine.num_pages(session.session_id),
+            in_flight=tuple(session.in_flight),
+            execution=session.execution,
         )
+
+
+def _pace_stats(pace: Pace) -> PaceStats:
+    return PaceStats(
+        degree=pace.degree,
+        reason=pace.reason,
+        max_age_ms=pace.max_age_ms,
+        forecasts=tuple(
+            DegreeStats(degree=each.degree, rate_hz=each.rate_hz, latency_ms=each.latency_ms)
+            for each in pace.forecasts
+        ),
+    )

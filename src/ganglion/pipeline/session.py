@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from ganglion.errors import SupersededError
 from ganglion.service import OnDone
-from ganglion.types import Observation, RequestId, RobotId, SessionId
+from ganglion.types import Execution, Observation, RequestId, RobotId, SessionId
 
 RATE_WINDOW_S = 3.0
 
@@ -37,6 +37,7 @@ class Session:
     waiting: Submission | None = None
     newest_seq: int = -1
     prompt: str = ""
+    execution: Execution = Execution.NAIVE
     num_chunks: int = 0
     num_superseded: int = 0
     num_deadline_misses: int = 0
@@ -68,6 +69,7 @@ class Session:
                 submission, observation=replace(submission.observation, prompt=self.prompt_override)
             )
         self.prompt = submission.observation.prompt
+        self.execution = submission.observation.execution
         self.in_flight[submission.request_id] = submission
         return submission
 

@@ -32,6 +32,7 @@ class Pace:
     degree: int
     steps_between: int
     reason: str
+    max_age_ms: float
     forecasts: tuple[Forecast, ...]
 
 
@@ -59,10 +60,10 @@ class Tuner:
         fixed = self._config.degree
         if not self._generate.is_divisible:
             return self._at(1, "this policy computes a chunk in one piece", ())
-        if fixed:
-            return self._at(min(fixed, self._num_steps), f"degree {fixed} by config", ())
         limit = min(self._config.max_degree, self._num_steps)
         forecasts = tuple(self.forecast(n, num_robots) for n in range(1, limit + 1))
+        if fixed:
+            return self._at(min(fixed, self._num_steps), f"degree {fixed} by config", forecasts)
         best = forecasts[0]
         for forecast in forecasts[1:]:
             is_fresh = forecast.latency_ms <= self._config.max_age_ms
@@ -90,6 +91,7 @@ class Tuner:
             degree=degree,
             steps_between=self._steps_between(degree),
             reason=reason,
+            max_age_ms=self._config.max_age_ms,
             forecasts=forecasts,
         )
 

@@ -15,14 +15,14 @@ from typing import Any
 
 from ganglion.serve.hub import Hub, Robot
 from ganglion.serve.side import Impair
-from ganglion.types import PoolStats, ServiceStats, SessionId, SessionStats, StepRecord
+from ganglion.types import PaceStats, PoolStats, ServiceStats, SessionId, SessionStats, StepRecord
 
 STALE_S = 3.0  # telemetry older than this is drawn as old
 LATENCY_WINDOW_S = 10.0
 MAX_LATENCIES = 1024
 POOL_PERIOD_S = 0.5
 MAX_DRAWN_PAGES = 16_384
-MAX_PIECE_SESSIONS = 16
+MAX_PIECE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +78,8 @@ class Painter:
             "is_ready": stats.is_ready,
             "stage": stats.stage,
             "totals": self._totals(stats, pairs),
+            "pace": None if stats.pace is None else _pace(stats.pace),
+            "rung": stats.rung,
             "arms": [
                 {
                     "card": self._cards[session_id],
@@ -162,7 +164,8 @@ class Painter:
 
     def _encode_steps(self, records: tuple[StepRecord, ...]) -> None:
         self._steps = {
-            record.step: self._steps.get(record.step) or _dump(_step(record)) for record in records
+            record.step: self._steps.get(record.step) or _dump(_step(record, self._cards))
+            for record in records
         }
 
     def _encode_pool(self, stats: ServiceStats) -> None:
@@ -188,6 +191,8 @@ def _session(session: SessionStats) -> dict[str, Any]:
         "chunk_hz": _round(session.chunk_hz),
         "infer_ms": _round(session.last_infer_ms),
         "context_version": session.context_version,
+        "in_flight": session.in_flight,
+        "execution": session.execution,
         "num_pages": dict(session.num_pages),
     }
 
@@ -227,11 +232,22 @@ def _robot(robot: Robot, now_s: float) -> dict[str, Any]:
     return picture
 
 
+def _pace(pace: PaceStats) -> dict[str, Any]:
+    return {
+        "degree": pace.degree,
+        "reason": pace.reason,
+        "max_age_ms": _round(pace.max_age_ms),
+        "forecasts": [
+            (each.degree, _round(each.rate_hz), _round(each.latency_ms)) for each in pace.forecasts
+        ],
+    }
+
+
 def _impair(impair: Impair) -> dict[str, Any]:
     return {"delay_ms": impair.delay_ms, "jitter_ms": impair.jitter_ms, "loss": impair.loss}
 
 
-def _step(record: StepRecord) -> dict[str, Any]:
+def _step(record: StepRecord, cards: Mapping[SessionId, int]) -> dict[str, Any]:
     return {
         "step": record.step,
         "start_s": _fine(record.start_s),
@@ -248,8 +264,18 @@ def _step(record: StepRecord) -> dict[str, Any]:
                 "num_units": piece.num_units,
                 "start_s": _fine(piece.start_s),
                 "run_us": _round(piece.run_us),
-                "sessions": piece.sessions[:MAX_PIECE_SESSIONS],
-                "num_sessions": len(piece.sessions),
+                "rows": [
+                    (
+                        cards.get(row.session_id, 0),
+                        row.request_id,
+                        row.seq,
+                        row.first_unit,
+                        row.num_left,
+                        row.context_version,
+                        row.context_seq,
+                    )
+                    for row in piece.rows[:MAX_PIECE_ROWS]
+                ],
             }
             for piece in record.pieces
         ],
