@@ -1,4 +1,4 @@
-"""Catalog: worlds by name ("metaworld:drawer-open", "pusht"), each with what the control loop must know of its arm.
+"""Catalog: worlds by name ("metaworld:push", "metaworld-moving:push", "pusht"), each with what the control loop must know of its arm.
 
 Called by `robots.runner` and by whoever checks a name. Simulators are imported only when a world is opened.
 """
@@ -18,6 +18,10 @@ METAWORLD_ARM = Embodiment(
     kept_dims=(3,),  # the gripper
 )
 MAX_VIEW_PX = 480  # MuJoCo's own off-screen buffer is 640 x 480
+MOVING_WORLDS = {
+    "metaworld-moving": "drift",
+    "metaworld-jumping": "jump",
+}  # -> robots.moving.Motion
 PUSHT_ARM = Embodiment(kind=ActionKind.POSITION, action_low=(0.0, 0.0), action_high=(512.0, 512.0))
 
 
@@ -43,6 +47,10 @@ def check_world(name: str) -> None:
         from ganglion.robots.metaworld import task_named
 
         task_named(task)
+    elif world_name in MOVING_WORLDS:
+        from ganglion.robots.moving import movers_of
+
+        movers_of(task)
     elif task:
         raise FieldError("world", expected=f"{world_name} without a task", got=repr(name))
 
@@ -83,6 +91,27 @@ def _open_metaworld(name: str, task: str, views: Mapping[str, Sequence[int]]) ->
     )
 
 
+def _open_moving(name: str, task: str, views: Mapping[str, Sequence[int]]) -> Arm:
+    from ganglion.robots.metaworld import VIEW_KEYS, VIEW_PX
+    from ganglion.robots.moving import Motion, MovingMetaWorld
+
+    world_name, _, _ = name.partition(":")
+    world = MovingMetaWorld(
+        task=task,
+        motion=Motion(MOVING_WORLDS[world_name]),
+        view_px=_wanted_px(views, VIEW_KEYS, VIEW_PX),
+    )
+    return Arm(
+        name=name,
+        world_name=world_name,
+        task=task,
+        world=world,
+        embodiment=METAWORLD_ARM,
+        measure=None,
+        view=world.browser_view,
+    )
+
+
 def _open_pusht(name: str, task: str, views: Mapping[str, Sequence[int]]) -> Arm:
     from ganglion.robots.pusht import VIEW_KEY, VIEW_PX, PushT
 
@@ -100,5 +129,7 @@ def _open_pusht(name: str, task: str, views: Mapping[str, Sequence[int]]) -> Arm
 
 WORLDS: dict[str, Callable[[str, str, Mapping[str, Sequence[int]]], Arm]] = {
     "metaworld": _open_metaworld,
+    "metaworld-moving": _open_moving,
+    "metaworld-jumping": _open_moving,
     "pusht": _open_pusht,
 }

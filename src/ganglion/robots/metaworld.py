@@ -250,8 +250,13 @@ class MetaWorld:
 
     @property
     def env(self) -> Any:
-        """The wrapped Meta-World environment: for the demonstration recipe and tests only."""
+        """The wrapped Meta-World environment: for the moving world, the demonstration recipe and tests only."""
         return self._env
+
+    @property
+    def mujoco(self) -> Any:
+        """The simulator's module, imported with an OpenGL that this machine has."""
+        return self._mujoco
 
     def reset(self, seed: int) -> None:
         has_half_open = self._task.joint is not None and seed % 2 == 1
