@@ -73,6 +73,10 @@ COUNTERS: dict[str, MetricSpec] = {
         labels={"key": "the key as sent, cut to 64 characters"},
         max_series=32,
     ),
+    "clock_jumps": MetricSpec(
+        name="ganglion_clock_jumps_total",
+        doc="Observations whose robot's clock ran backwards since the one before; the clock was ignored.",
+    ),
     "refused_requests": MetricSpec(
         name="ganglion_refused_http_requests_total",
         doc="HTTP requests and websocket handshakes refused by key, Host or Origin.",
@@ -232,6 +236,7 @@ class Metrics:
         self.frames = CounterMetric(COUNTERS["frames"], reg)
         self.refused_frames = CounterMetric(COUNTERS["refused_frames"], reg)
         self.ignored_keys = CounterMetric(COUNTERS["ignored_keys"], reg)
+        self.clock_jumps = CounterMetric(COUNTERS["clock_jumps"], reg)
         self.refused_requests = CounterMetric(COUNTERS["refused_requests"], reg)
         self.prompt_overrides = CounterMetric(COUNTERS["prompt_overrides"], reg)
         self.connections = GaugeMetric(GAUGES["connections"], reg)

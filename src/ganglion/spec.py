@@ -6,7 +6,7 @@ Read by the edge (to check observations), by the scheduler (to plan) and by the 
 from dataclasses import dataclass
 from typing import Any
 
-from ganglion.types import SpanKind
+from ganglion.types import Execution, SpanKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +44,16 @@ class PolicySpec:
     max_prefix: int = 0
     late_context_steps: int = 0
 
+    @property
+    def executions(self) -> tuple[Execution, ...]:
+        """What a robot may ask for: guidance needs flow steps, a prefix a policy that can continue one."""
+        known = [Execution.SYNC, Execution.NAIVE, Execution.BLEND]
+        if self.num_flow_steps:
+            known += [Execution.RTC, Execution.RTC_IDENTITY]
+        if self.max_prefix:
+            known.append(Execution.PREFIX)
+        return (*known, Execution.ROLLED)
+
     def metadata(self) -> dict[str, Any]:
         """The part of openpi's first frame that describes this policy (msgpack-able)."""
         return {
@@ -60,6 +70,7 @@ class PolicySpec:
             "action_high": list(self.action_high),
             "max_prompt_bytes": self.max_prompt_bytes,
             "max_prefix": self.max_prefix,
+            "executions": [execution.value for execution in self.executions],
         }
 
 

@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,13 +14,16 @@ from ganglion.serve.request import (
     ResetRequest,
     Sender,
 )
-from ganglion.types import RobotId, SessionId
+from ganglion.types import Execution, RobotId, SessionId
 from ganglion.wire import WireLimits
 
 SPEC = fake_spec(size=8)
 CORNER, GRIPPER, STATE = SPEC.views[0].key, SPEC.views[1].key, SPEC.state_key
 SENDER = Sender(robot_id=RobotId("robot-x"), session_id=SessionId("s-x"))
 READER = RequestReader(SPEC, WireLimits())
+FLOW = RequestReader(
+    replace(SPEC, max_prefix=3, num_flow_steps=5, action_high=(0.1,) * 4), WireLimits()
+)
 
 
 def message(**changes):
@@ -33,13 +37,13 @@ def message(**changes):
     return {key: value for key, value in fields.items() if value is not ...}
 
 
-def read(fields, seq=3):
-    return READER.read(wire.unpack(wire.encode(fields)), sender=SENDER, seq=seq)
+def read(fields, seq=3, reader=READER):
+    return reader.read(wire.unpack(wire.encode(fields)), sender=SENDER, seq=seq)
 
 
-def refused(fields) -> FieldError:
+def refused(fields, reader=READER) -> FieldError:
     with pytest.raises(FieldError) as error:
-        read(fields)
+        read(fields, reader=reader)
     return error.value
 
 
@@ -147,6 +151,77 @@ def test_a_missing_view_says_what_came_instead():
     assert "observation/image" in error.got
 
 
+def test_an_old_robot_executes_naively_and_commits_nothing():
+    seen = read(message()).observation
+    assert seen.execution is Execution.NAIVE
+    assert (seen.executed_until, seen.action_prefix, seen.inference_delay_hint) == (None,) * 3
+
+
+@pytest.mark.parametrize("execution", list(Execution))
+def test_a_flow_policy_that_takes_prefixes_serves_every_execution(execution):
+    seen = read(message(execution=execution.value), reader=FLOW).observation
+    assert seen.execution is execution
+
+
+@pytest.mark.parametrize("execution", ["rtc", "rtc-identity", "prefix"])
+def test_an_execution_that_the_policy_cannot_do_is_refused_by_name(execution):
+    assert execution not in SPEC.metadata()["executions"]
+    with pytest.raises(UnsupportedFieldError, match=execution) as error:
+        read(message(execution=execution))
+    assert error.value.field == "execution"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_runs_anyway_is_read(dtype):
+    prefix = np.array([[0.1, -1.0, 0.0, 0.05]] * 3, np.float32).astype(dtype)
+    fields = message(action_prefix=prefix, executed_until=2**40, inference_delay_hint=50)
+    seen = read(fields, reader=FLOW).observation
+    assert seen.action_prefix.dtype == np.float32
+    assert np.array_equal(seen.action_prefix, prefix.astype(np.float32))
+    assert (seen.executed_until, seen.inference_delay_hint) == (2**40, 50)
+
+
+def test_no_rows_are_no_prefix():
+    fields = message(action_prefix=np.zeros((0, 4), np.float32))
+    assert read(fields, reader=FLOW).observation.action_prefix is None
+
+
+def test_a_prefix_for_a_policy_that_cannot_continue_one_is_refused():
+    with pytest.raises(UnsupportedFieldError, match="cannot continue") as error:
+        read(message(action_prefix=np.zeros((1, 4), np.float32)))
+    assert error.value.field == "action_prefix"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "expected", "got"),
+    [
+        ({"execution": "fast"}, "execution", "sync, naive, blend", "fast"),
+        ({"execution": 3}, "execution", "one of", "int 3"),
+        ({"execution": ["rtc"]}, "execution", "one of", "a list of 1"),
+        ({"executed_until": -1}, "executed_until", "0..2**63-1", "int -1"),
+        ({"executed_until": 1.5}, "executed_until", "an integer", "float 1.5"),
+        ({"executed_until": 2**63}, "executed_until", "an integer", "int 9223"),
+        ({"inference_delay_hint": -3}, "inference_delay_hint", "0..50", "int -3"),
+        ({"inference_delay_hint": 51}, "inference_delay_hint", "0..50", "int 51"),
+        ({"inference_delay_hint": True}, "inference_delay_hint", "0..50", "bool True"),
+        ({"action_prefix": np.zeros((4, 4))}, "action_prefix", "at most 3 rows", "4 rows"),
+        ({"action_prefix": np.zeros((2, 5))}, "action_prefix", "[rows, 4]", "float64 [2, 5]"),
+        ({"action_prefix": np.zeros(4)}, "action_prefix", "[rows, 4]", "float64 [4]"),
+        ({"action_prefix": np.zeros(())}, "action_prefix", "[rows, 4]", "float64 []"),
+        ({"action_prefix": np.zeros((1, 4), np.int32)}, "action_prefix", "float32", "int32"),
+        ({"action_prefix": [[0.0] * 4]}, "action_prefix", "an array", "a list"),
+        ({"action_prefix": np.full((2, 4), np.nan)}, "action_prefix", "finite", "nan at row 0"),
+        ({"action_prefix": np.eye(3, 4) * 0.2}, "action_prefix", "[-1.0, 0.1]", "at row 0"),
+        ({"action_prefix": np.full((1, 4), -1e300)}, "action_prefix", "[-1.0, 0.1]", "-1e+300"),
+    ],
+)  # fmt: skip
+def test_a_bad_word_about_the_execution_is_named(changes, field, expected, got):
+    error = refused(message(**changes), reader=FLOW)
+    assert error.field == field
+    assert expected in error.expected
+    assert got in error.got
+
+
 def test_an_empty_instruction_is_an_instruction():
     assert read(message(prompt="")).observation.prompt == ""
 
@@ -195,7 +270,9 @@ def mutate(frame: bytes, rng: random.Random) -> bytes:
 
 def test_20000_mutated_frames_are_served_or_refused_with_a_reason():
     rng = random.Random(11)
-    spec = fake_spec(size=2)  # small views: most mutations hit the structure, not pixels
+    spec = fake_spec(
+        size=2, max_prefix=2
+    )  # small views: most mutations hit the structure, not pixels
     reader = RequestReader(spec, WireLimits())
     small = {
         CORNER: np.zeros((2, 2, 3), np.uint8),
@@ -210,6 +287,10 @@ def test_20000_mutated_frames_are_served_or_refused_with_a_reason():
         "deadline_ms": 200.0,
         "seed": 3,
         "endpoint": "infer",
+        "execution": "prefix",
+        "executed_until": 77,
+        "action_prefix": np.zeros((2, 4), np.float32),
+        "inference_delay_hint": 2,
     }
     frame = wire.encode(small)
     outcomes = dict.fromkeys(("observation", "reset", "refused"), 0)
@@ -225,6 +306,8 @@ def test_20000_mutated_frames_are_served_or_refused_with_a_reason():
         if isinstance(request, InferRequest):
             assert np.isfinite(request.observation.state).all()
             assert request.observation.images[CORNER].shape == (2, 2, 3)
+            prefix = request.observation.action_prefix
+            assert prefix is None or np.abs(prefix).max() <= 1.0
             outcomes["observation"] += 1
         else:
             outcomes["reset"] += 1

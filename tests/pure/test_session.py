@@ -5,12 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ganglion.errors import SupersededError
+from ganglion.errors import FieldError, SupersededError
 from ganglion.pipeline.session import Session, Submission
 from ganglion.types import Observation, RequestId, RobotId, SessionId
 
 
-def submission(seq: int, prompt: str = "open the drawer") -> Submission:
+def submission(
+    seq: int, prompt: str = "open the drawer", *, executed_until: int | None = None
+) -> Submission:
     return Submission(
         request_id=RequestId(seq),
         observation=Observation(
@@ -20,6 +22,7 @@ def submission(seq: int, prompt: str = "open the drawer") -> Submission:
             images={},
             state=np.zeros(4, dtype=np.float32),
             prompt=prompt,
+            executed_until=executed_until,
         ),
         on_done=lambda outcome: None,
         submitted_s=0.0,
@@ -55,6 +58,20 @@ def test_an_older_observation_is_refused_by_number() -> None:
     robot.offer(submission(5))
     with pytest.raises(SupersededError, match="observation 5 was superseded by observation 5"):
         robot.offer(submission(5))
+
+
+def test_control_ticks_only_go_forward_until_a_reset() -> None:
+    robot = session()
+    for seq, tick in ((0, 10), (1, None), (2, 10), (3, 12)):
+        robot.offer(submission(seq, executed_until=tick))
+    with pytest.raises(FieldError, match="executed_until: expected at least 12") as error:
+        robot.offer(submission(4, executed_until=11))
+    assert "reset" in error.value.advice
+    assert robot.newest_seq == 3, "a refused observation supersedes nothing"
+    assert robot.waiting is not None
+    assert robot.waiting.observation.seq == 3
+    robot.drain()
+    assert robot.offer(submission(0, executed_until=0)) is None
 
 
 def test_the_operator_re_instructs_from_the_next_observation_on() -> None:

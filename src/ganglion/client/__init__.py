@@ -13,7 +13,7 @@ fallback of its own for the time without valid actions.
 
 from ganglion.client.asynchronous import AsyncClient
 from ganglion.client.blocking import Client
-from ganglion.client.conversation import Answer, Hints, Reply
+from ganglion.client.conversation import Answer, Hints, Outgoing, Reply
 from ganglion.errors import (
     ConnectionLostError,
     ReplyError,
@@ -27,6 +27,7 @@ __all__ = [
     "Client",
     "ConnectionLostError",
     "Hints",
+    "Outgoing",
     "Reply",
     "ReplyError",
     "ReplyTimeoutError",

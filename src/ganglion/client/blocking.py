@@ -98,9 +98,24 @@ class Client:
         `observation`: the arrays that `metadata` names ("views", "state"); may hold "prompt". `seq` counts up by itself;
         `obs_time_ns` is now by itself.
         """
-        out = self._talk.observe(observation, prompt=prompt, **hints)
-        self._send(out)
+        out = self.prepare(observation, prompt=prompt, **hints)
+        self.send(out)
         return out.seq
+
+    def prepare(
+        self,
+        observation: Mapping[str, Any],
+        *,
+        prompt: str | None = None,
+        **hints: Unpack[Hints],
+    ) -> Outgoing:
+        """The frame of a request, numbered now, for `send` to send now or later."""
+        return self._talk.observe(observation, prompt=prompt, **hints)
+
+    def send(self, out: Outgoing) -> None:
+        """Send what `prepare` made. Raises ConnectionLostError."""
+        with self._losing_connection() as live:
+            live.send(out.frame)
 
     def poll(self, *, timeout_s: float = 0.0) -> Answer | None:
         """The next answer in order of arrival, None when there is none within `timeout_s`. Errors are returned.
@@ -122,7 +137,7 @@ class Client:
         """Forget the session's context on the server, and all answers that are still to come."""
         self._unread.clear()
         out = self._talk.reset()
-        self._send(out)
+        self.send(out)
         self._wait_for(out.seq, timeout_s)
 
     def reconnect(self) -> None:
@@ -188,10 +203,6 @@ class Client:
             if isinstance(answer, ReplyError):
                 raise answer
             return answer
-
-    def _send(self, out: Outgoing) -> None:
-        with self._losing_connection() as live:
-            live.send(out.frame)
 
     def _receive(self, timeout_s: float) -> Answer | ResetDone | None:
         """The next message. Raises TimeoutError."""

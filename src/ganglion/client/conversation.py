@@ -27,13 +27,23 @@ class Hints(TypedDict, total=False):
     control_hz: float
     deadline_ms: float  # relative to its arrival at the server
     seed: int  # of the policy's noise
+    execution: str  # how the chunk will be used: one of the server's `executions`
+    executed_until: int  # the robot's control tick: actions executed so far
+    action_prefix: (
+        Float32Array  # [rows, action_dim] that run from that tick on, whatever is answered
+    )
+    inference_delay_hint: int  # control ticks from that tick to the first that the chunk is for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """A chunk of actions and what the server says about it. Row i of `actions` is for control tick `obs tick + i`."""
+    """A chunk of actions and what the server says about it.
 
-    seq: int  # of the observation that the actions rest on
+    Row i of `actions` is for the i-th control tick from that of observation `context_seq` on.
+    """
+
+    seq: int  # of the observation that it answers
+    context_seq: int  # of the newest observation that went into it: `seq` or a later one
     actions: Float32Array  # read-only [horizon, action_dim]
     obs_time_ns: int | None  # the robot's own clock, echoed
     session_id: str
@@ -46,6 +56,7 @@ class Reply:
     timing: Timing
     server_ms: float  # frame received to answer ready, on the server
     round_trip_ms: float  # request sent to reply read, here
+    notes: tuple[str, ...] = ()  # what of the request was ignored, and why
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +93,10 @@ class Conversation:
         control_hz: float | None = None,
         deadline_ms: float | None = None,
         seed: int | None = None,
+        execution: str | None = None,
+        executed_until: int | None = None,
+        action_prefix: Float32Array | None = None,
+        inference_delay_hint: int | None = None,
     ) -> Outgoing:
         now_ns = self._clock.now_ns()
         fields: dict[str, Any] = {
@@ -90,6 +105,10 @@ class Conversation:
             "control_hz": control_hz,
             "deadline_ms": deadline_ms,
             "seed": seed,
+            "execution": None if execution is None else str(execution),
+            "executed_until": executed_until,
+            "action_prefix": action_prefix,
+            "inference_delay_hint": inference_delay_hint,
         }
         given = {name: value for name, value in fields.items() if value is not None}
         return self._send({**observation, **given}, seq, now_ns)
@@ -189,6 +208,7 @@ def _read_reply(body: Mapping[str, Any], seq: int, *, round_trip_ms: float) -> R
     try:
         return Reply(
             seq=seq,
+            context_seq=_read_context_seq(body, seq),
             actions=actions,
             obs_time_ns=body["obs_time_ns"],
             session_id=body["session_id"],
@@ -201,6 +221,16 @@ def _read_reply(body: Mapping[str, Any], seq: int, *, round_trip_ms: float) -> R
             timing=Timing(**body["timing"]),
             server_ms=body["server_timing"]["infer_ms"],
             round_trip_ms=round_trip_ms,
+            notes=tuple(str(note) for note in body.get("notes", ())),
         )
     except (KeyError, TypeError) as error:
         raise WireError(f"answer {seq} lacks or adds a field: {error}") from error
+
+
+def _read_context_seq(body: Mapping[str, Any], seq: int) -> int:
+    """Servers without a pipeline do not say it: then it is the request's own."""
+    context_seq = body.get("context_seq", seq)
+    if type(context_seq) is not int or context_seq < seq:
+        got = wire.describe(context_seq)
+        raise FieldError("context_seq", expected=f"an integer of at least {seq}", got=got)
+    return context_seq

@@ -127,7 +127,7 @@ class Dispatcher:
         self._open[submission.request_id] = (session, submission)
         try:
             displaced = session.offer(submission)
-        except SupersededError as error:
+        except GanglionError as error:
             self._answer(submission.request_id, error)
             return
         if displaced is not None:

@@ -7,7 +7,7 @@ step, and one waits: newest wins.
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from ganglion.errors import SupersededError
+from ganglion.errors import FieldError, SupersededError
 from ganglion.service import OnDone
 from ganglion.types import Execution, Observation, RequestId, RobotId, SessionId
 
@@ -36,6 +36,7 @@ class Session:
     in_flight: dict[RequestId, Submission] = field(default_factory=dict)  # oldest first
     waiting: Submission | None = None
     newest_seq: int = -1
+    newest_tick: int = -1  # largest `executed_until` so far
     prompt: str = ""
     execution: Execution = Execution.NAIVE
     num_chunks: int = 0
@@ -48,12 +49,22 @@ class Session:
     def offer(self, submission: Submission) -> Submission | None:
         """Take an observation in; returns the one that it displaces from the waiting slot.
 
-        Raises SupersededError when it is not newer than what was seen: observations of a session only go forward.
+        Observations of a session only go forward: raises SupersededError when its number is not newer than what was
+        seen, FieldError when its control tick is an older one.
         """
-        seq = submission.observation.seq
+        seq, tick = submission.observation.seq, submission.observation.executed_until
         if seq <= self.newest_seq:
             self.num_superseded += 1
             raise SupersededError(seq=seq, newest_seq=self.newest_seq)
+        if tick is not None:
+            if tick < self.newest_tick:
+                raise FieldError(
+                    "executed_until",
+                    expected=f"at least {self.newest_tick}, which observation {self.newest_seq} said",
+                    got=f"{tick} from observation {seq}",
+                    next_step='send "endpoint": "reset" when a new episode counts anew',
+                )
+            self.newest_tick = tick
         self.newest_seq = seq
         displaced, self.waiting = self.waiting, submission
         self.num_superseded += displaced is not None
@@ -74,7 +85,8 @@ class Session:
         return submission
 
     def drain(self) -> list[Submission]:
-        """Take everything out (reset, close)."""
+        """Take everything out and begin to count anew (reset, close)."""
+        self.newest_seq = self.newest_tick = -1
         taken = [*self.in_flight.values(), *([self.waiting] if self.waiting else ())]
         self.in_flight.clear()
         self.waiting = None

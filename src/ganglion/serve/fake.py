@@ -42,10 +42,10 @@ RETRY_AFTER_S = 0.1
 MAX_REMEMBERED = 1_024  # observations and commands kept for a test to look at
 
 
-def fake_spec(*, size: int = 64, horizon: int = 50) -> PolicySpec:
+def fake_spec(*, size: int = 64, horizon: int = 50, max_prefix: int = 0) -> PolicySpec:
     """A policy of two square views of `size` pixels, four state numbers and four action dimensions.
 
-    `horizon` is at most 1,000.
+    `horizon` is at most 1,000. Prefixes of `max_prefix` rows are taken, and not continued.
     """
     return PolicySpec(
         name="fake",
@@ -63,6 +63,7 @@ def fake_spec(*, size: int = 64, horizon: int = 50) -> PolicySpec:
         control_hz=20.0,
         action_low=(-1.0,) * 4,
         action_high=(1.0,) * 4,
+        max_prefix=max_prefix,
     )
 
 

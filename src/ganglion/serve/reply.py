@@ -45,9 +45,16 @@ class ActionChecker:
 
 
 def chunk_map(
-    chunk: ActionChunk, *, service_ms: float, prev_total_ms: float | None
+    chunk: ActionChunk,
+    *,
+    service_ms: float,
+    prev_total_ms: float | None,
+    notes: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """openpi's reply plus ours. `service_ms`: frame received to outcome back on the event loop."""
+    """openpi's reply plus ours.
+
+    `service_ms`: frame received to outcome back on the event loop. `notes`: what of the request was ignored, and why.
+    """
     timing = chunk.timing
     server_timing = {"infer_ms": service_ms}
     if prev_total_ms is not None:  # as in openpi: from the second reply on
@@ -66,6 +73,7 @@ def chunk_map(
         "deadline_met": chunk.is_deadline_met,
         "prompt": chunk.prompt,
         "prompt_overridden": chunk.is_prompt_overridden,
+        "notes": list(notes),
         "timing": {
             "queue_ms": timing.queue_ms,
             "perceive_ms": timing.perceive_ms,

@@ -14,7 +14,14 @@ import numpy as np
 from ganglion import wire
 from ganglion.errors import FieldError, UnsupportedFieldError
 from ganglion.spec import PolicySpec, ViewSpec
-from ganglion.types import Float32Array, Observation, RobotId, SessionId, UInt8Array
+from ganglion.types import (
+    Execution,
+    Float32Array,
+    Observation,
+    RobotId,
+    SessionId,
+    UInt8Array,
+)
 from ganglion.wire import WireLimits
 
 MAX_INT = 2**63 - 1
@@ -31,14 +38,12 @@ _EXPECTED_ID = f"1..{MAX_ID_LENGTH} printable ASCII characters without spaces"
 ENVELOPE_FIELDS = frozenset(
     {
         "endpoint", "robot_id", "session_id", "seq", "obs_time_ns", "control_hz", "deadline_ms", "seed", "prompt",
+        "execution", "executed_until", "action_prefix", "inference_delay_hint",
     }
 )  # fmt: skip
 
 # Fields of the protocols around us that would change the answer if we served them: refused, never ignored.
 UNSUPPORTED_FIELDS: dict[str, str] = {
-    "action_prefix": "chunks do not continue a committed prefix yet",
-    "executed_until": "chunks do not continue a committed prefix yet",
-    "inference_delay_hint": "chunks do not continue a committed prefix yet",
     "noise": "flow noise comes from `seed`",
     "priority": "all robots are served by deadline",
     "episode_id": "nothing is recorded by episode",
@@ -76,6 +81,8 @@ class RequestReader:
         self._spec, self._limits = spec, limits
         self._known = ENVELOPE_FIELDS | {view.key for view in spec.views} | {spec.state_key}
         self._unsupported = UNSUPPORTED_FIELDS.keys() - self._known
+        self._low = np.asarray(spec.action_low, np.float32)
+        self._high = np.asarray(spec.action_high, np.float32)
 
     def read_seq(self, message: Mapping[str, Any]) -> int | None:
         """The request's sequence number, read first so that every later error can carry it."""
@@ -118,6 +125,10 @@ class RequestReader:
                 control_hz=_read_positive(message, "control_hz", MAX_CONTROL_HZ),
                 deadline_ms=_read_positive(message, "deadline_ms", MAX_DEADLINE_MS),
                 seed=_read_int(message, "seed"),
+                execution=self._read_execution(message),
+                executed_until=_read_int(message, "executed_until"),
+                action_prefix=self._read_prefix(message),
+                inference_delay_hint=_read_int(message, "inference_delay_hint", self._spec.horizon),
             )
         )
 
@@ -172,6 +183,57 @@ class RequestReader:
             )
         return prompt
 
+    def _read_execution(self, message: Mapping[str, Any]) -> Execution:
+        name = message.get("execution")
+        if name is None:
+            return Execution.NAIVE
+        if name not in tuple(Execution):
+            raise FieldError(
+                "execution", expected=f"one of {', '.join(Execution)}", got=wire.describe(name)
+            )
+        if name not in self._spec.executions:
+            raise UnsupportedFieldError(
+                "execution",
+                why=f"the policy {self._spec.name!r} cannot do {name!r}",
+                next_step=f"send one of {', '.join(self._spec.executions)}",
+            )
+        return Execution(name)
+
+    def _read_prefix(self, message: Mapping[str, Any]) -> Float32Array | None:
+        """Refused as a whole when one of its actions is one that the policy itself may not give."""
+        key, spec = "action_prefix", self._spec
+        packed = message.get(key)
+        if packed is None:
+            return None
+        if spec.max_prefix == 0:
+            raise UnsupportedFieldError(
+                key,
+                why=f"the policy {spec.name!r} cannot continue given actions",
+                next_step=f"leave {key!r} out",
+            )
+        prefix = wire.read_array(key, packed, self._limits)
+        if prefix.dtype not in (np.float32, np.float64) or prefix.shape[1:] != (spec.action_dim,):
+            expected = f"float32 or float64 [rows, {spec.action_dim}]"
+            raise FieldError(key, expected=expected, got=wire.describe(prefix))
+        if len(prefix) > spec.max_prefix:
+            raise FieldError(
+                key,
+                expected=f"at most {spec.max_prefix} rows, which this policy can continue",
+                got=f"{len(prefix)} rows",
+                next_step=f"send the first {spec.max_prefix} rows",
+            )
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite: out of bounds
+            actions: Float32Array = prefix.astype(np.float32, copy=False)
+        is_good = (actions >= self._low) & (actions <= self._high)  # false for NaN
+        if not is_good.all():
+            row, dim = (int(at) for at in np.argwhere(~is_good)[0])
+            raise FieldError(
+                key,
+                expected=f"finite actions within [{spec.action_low[dim]}, {spec.action_high[dim]}]",
+                got=f"{prefix[row, dim]} at row {row}, dimension {dim}",
+            )
+        return actions if len(actions) else None
+
     def _missing(self, key: str, expected: str, message: Mapping[str, Any]) -> FieldError:
         arrays = [name[:40] for name, value in message.items() if wire.is_array(value)][:8]
         return FieldError(
@@ -182,12 +244,13 @@ class RequestReader:
         )
 
 
-def _read_int(message: Mapping[str, Any], field: str) -> int | None:
+def _read_int(message: Mapping[str, Any], field: str, limit: int = MAX_INT) -> int | None:
     value = message.get(field)
     if value is None:
         return None
-    if type(value) is not int or not 0 <= value <= MAX_INT:
-        raise FieldError(field, expected="an integer in 0..2**63-1", got=wire.describe(value))
+    if type(value) is not int or not 0 <= value <= limit:
+        last = "2**63-1" if limit == MAX_INT else str(limit)
+        raise FieldError(field, expected=f"an integer in 0..{last}", got=wire.describe(value))
     return value
 
 

@@ -38,6 +38,7 @@ from ganglion.service import Outcome, Service
 from ganglion.types import (
     ActionChunk,
     CloseSession,
+    Observation,
     RequestId,
     ResetSession,
     RobotId,
@@ -68,6 +69,7 @@ class _Pending:
     seq: int | None
     robot_id: RobotId
     received_s: float
+    notes: tuple[str, ...]  # for its reply
     request_id: RequestId | None = None
 
 
@@ -144,6 +146,7 @@ class _Connection:
     _loop: asyncio.AbstractEventLoop = field(init=False, default_factory=asyncio.get_running_loop)
     _pending: set[_Pending] = field(init=False, default_factory=set)
     _sessions: dict[SessionId, RobotId] = field(init=False, default_factory=dict)
+    _clocks_ns: dict[SessionId, int] = field(init=False, default_factory=dict)  # robots' own
     _unsent: deque[_Message] = field(init=False, default_factory=deque)
     _has_unsent: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _progress: asyncio.Event = field(init=False, default_factory=asyncio.Event)
@@ -234,14 +237,14 @@ class _Connection:
             raise OverloadedError(
                 "this connection's requests in flight", limit=MAX_IN_FLIGHT, retry_after_s=0.1
             )
-        pending = _Pending(seq, request.observation.robot_id, received_s)
+        observation = request.observation
+        pending = _Pending(seq, observation.robot_id, received_s, self._notes(observation))
         loop = self._loop
 
         def on_done(outcome: Outcome) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
                 loop.call_soon_threadsafe(self._finish, pending, outcome)
 
-        observation = request.observation
         pending.request_id = self._endpoint.service.submit(observation, on_done)
         self._pending.add(pending)
         self._hold(observation.session_id, observation.robot_id)
@@ -251,8 +254,24 @@ class _Connection:
         with contextlib.suppress(FieldError):  # not open yet: there is nothing to forget
             self._endpoint.service.control(command)
             self._hold(request.session_id, request.robot_id)
+        self._clocks_ns.pop(request.session_id, None)
         body = reply.reset_map(request.session_id, seq)
         self._post(_binary(self._encoder.encode(body)))
+
+    def _notes(self, observation: Observation) -> tuple[str, ...]:
+        """What is ignored of a request. A robot's clock is echoed only: observations are ordered by their numbers."""
+        now_ns = observation.obs_time_ns
+        if now_ns is None:
+            return ()
+        before_ns = self._clocks_ns.get(observation.session_id)
+        self._clocks_ns[observation.session_id] = now_ns
+        if before_ns is None or now_ns >= before_ns:
+            return ()
+        self._endpoint.metrics.clock_jumps.inc()
+        return (
+            f"obs_time_ns ran back by {(before_ns - now_ns) * 1e-6:.3f} ms: ignored, "
+            "observations are ordered by seq",
+        )
 
     def _hold(self, session_id: SessionId, robot_id: RobotId) -> None:
         self._sessions[session_id] = robot_id
@@ -287,7 +306,12 @@ class _Connection:
 
     def _post_chunk(self, pending: _Pending, chunk: ActionChunk) -> None:
         service_ms = (self._endpoint.clock.now_s() - pending.received_s) * 1e3
-        body = reply.chunk_map(chunk, service_ms=service_ms, prev_total_ms=self._prev_total_ms)
+        body = reply.chunk_map(
+            chunk,
+            service_ms=service_ms,
+            prev_total_ms=self._prev_total_ms,
+            notes=pending.notes,
+        )
         event = {"type": "websocket.send", "bytes": self._encoder.encode(body)}
         infer_ms = chunk.timing.infer_ms
         self._post(_Message(event=event, received_s=pending.received_s, infer_ms=infer_ms))
