@@ -8,6 +8,8 @@
 Called by `models.packing`, `models.layers` and `check`. Dimension names: `contract`.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
@@ -70,7 +72,10 @@ def why_not_packed(dtype: torch.dtype) -> str:
 
 
 class PackedLinear(nn.Module):
-    """A bfloat16 linear layer with its weight laid out for oneDNN. Its layout is opaque: not to be saved or moved."""
+    """A bfloat16 linear layer with its weight laid out for oneDNN. Its layout is opaque: not to be saved or moved.
+
+    Gradients flow to what it reads, for guidance, not to its weight.
+    """
 
     def __init__(self, weight: Float[Tensor, "high low"], bias: Float[Tensor, " high"]) -> None:
         super().__init__()
@@ -79,6 +84,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("packed", packed, persistent=False)
 
     def forward(self, x: Float[Tensor, "*b low"]) -> Float[Tensor, "*b high"]:
+        if x.requires_grad:
+            differentiable: Tensor = _PackedAffine.apply(x, self.packed, self.bias)  # type: ignore[no-untyped-call]
+            return differentiable
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
             x, self.packed, self.bias, "none", [], ""
         )
@@ -88,10 +96,27 @@ class PackedLinear(nn.Module):
         self, x: Float[Tensor, "*b low"], base: Float[Tensor, "*b high"]
     ) -> Float[Tensor, "*b high"]:
         """base + forward(x) in one pass."""
+        if x.requires_grad or base.requires_grad:
+            plain: Tensor = self(x)
+            return base + plain
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
             x, base, self.packed, self.bias, "add"
         )
         return out
+
+
+class _PackedAffine(torch.autograd.Function):
+    """PackedLinear's map with a gradient. The weight comes back from its layout when a gradient asks for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+        ctx.packed = packed
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] @ ctx.packed.to_dense(), None, None
 
 
 class PackedHalve(nn.Module):

@@ -18,7 +18,7 @@ Dimension names: b batch row, view, h and w (pixels), token, text (T tokens), ob
 head, dim, horizon, action, state, width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ganglion.models.layers import Block, ConvStem, attend, time_features
+from ganglion.models.policies.guidance import Aim, Guide, Pull, denoise_guided
 
 KEY_MULTIPLE = 16  # keys in one vector of a CPU's fused attention: 128 take less time than 115
 
@@ -201,14 +202,20 @@ class FlowPolicy(nn.Module):
         tau: Float[Tensor, "b horizon"],
         context_kv: Float[Tensor, "b layer 2 context head dim"],
     ) -> Float[Tensor, "b horizon action"]:
-        """d x / d tau: the differentiable form, for training."""
+        """d x / d tau: the differentiable form, for training and guidance.
+
+        A float32 x enters and leaves the network's dtype where `denoise` does.
+        """
         hidden = self._embedded(x, tau)
         for block, layer_kv in zip(self._expert_blocks, context_kv.unbind(1), strict=True):
             query, key_value = block.project(hidden)
             keys_values = torch.cat([layer_kv.transpose(1, 2), key_value], dim=1)
             hidden = block.finish(hidden, attend(query, *keys_values.unbind(2)))
-        velocity: Tensor = self.action_out(self.action_norm(hidden))
-        return velocity
+        return functional.linear(
+            self.action_norm(hidden).to(x.dtype),
+            self.action_out.weight.to(x.dtype),
+            self.action_out.bias.to(x.dtype),
+        )
 
     @torch.inference_mode()
     def denoise(
@@ -218,12 +225,57 @@ class FlowPolicy(nn.Module):
         dtau: Float[Tensor, " b"],
         context_kv: Float[Tensor, "b layer 2 context head dim"],
         num_steps: int,
+        aims: Sequence[Aim | None] = (),
     ) -> Float[Tensor, "b horizon action"]:
         """`num_steps` Euler steps of width `dtau`; rows may stand at different times.
 
         Tokens with tau = 1 are committed actions and stay as they are. x, tau and dtau are float32: only the network
-        runs in the weights' dtype, so the steps add up exactly.
+        runs in the weights' dtype, so the steps add up exactly. `aims`: what each row is guided to, None for not at all.
         """
+        size = (self.config.horizon, self.config.action_dim)
+        pulls = [None if aim is None else aim.pull for aim in aims]
+        guide = Guide.of(aims, Pull.IDENTITY, *size) if Pull.IDENTITY in pulls else None
+        if Pull.JACOBIAN not in pulls:
+            return self._denoise(x, tau, dtau, context_kv, num_steps, guide)
+        rows = [row for row, pull in enumerate(pulls) if pull is Pull.JACOBIAN]
+        others = [row for row, pull in enumerate(pulls) if pull is not Pull.JACOBIAN]
+        out = torch.empty_like(x)
+        if others:
+            out[others] = self._denoise(
+                x[others],
+                tau[others],
+                dtau[others],
+                context_kv[others],
+                num_steps,
+                None if guide is None else guide.rows(others),
+            )
+        guide = Guide.of([aims[row] for row in rows], Pull.JACOBIAN, *size)
+        out[rows] = self._denoise_guided(
+            x[rows], tau[rows], dtau[rows], context_kv[rows], num_steps, guide
+        )
+        return out
+
+    @torch.inference_mode(mode=False)
+    def _denoise_guided(
+        self, x: Tensor, tau: Tensor, dtau: Tensor, context_kv: Tensor, num_steps: int, guide: Guide
+    ) -> Tensor:
+        """With the network's Jacobian. Inference tensors take no part in a backward pass, hence the clones."""
+        context_kv = context_kv.clone()
+
+        def velocity(x: Tensor, tau: Tensor) -> Tensor:
+            return self.velocity(x, tau, context_kv)
+
+        return denoise_guided(velocity, x.clone(), tau.clone(), dtau.clone(), num_steps, guide)
+
+    def _denoise(
+        self,
+        x: Float[Tensor, "b horizon action"],
+        tau: Float[Tensor, "b horizon"],
+        dtau: Float[Tensor, " b"],
+        context_kv: Float[Tensor, "b layer 2 context head dim"],
+        num_steps: int,
+        guide: Guide | None,
+    ) -> Float[Tensor, "b horizon action"]:
         num_context = context_kv.shape[3]
         rows, horizon = x.shape[:2]
         heads = (self.config.num_heads, self.config.head_dim)
@@ -244,7 +296,7 @@ class FlowPolicy(nn.Module):
         weight_in, weight_out = self.action_in.weight.float(), self.action_out.weight.float()
         bias_out = self.action_out.bias.float()
         step = (tau < 1.0).to(x.dtype) * dtau[:, None]
-        for place in self._places(tau, step, num_steps):
+        for at, place in enumerate(self._places(tau, step, num_steps)):
             mixed = functional.silu(functional.linear(x, weight_in).add_(place))
             hidden = self.action_mix(mixed.to(self.dtype))
             for block, own, keys, values in layers:
@@ -252,6 +304,8 @@ class FlowPolicy(nn.Module):
                 own.copy_(key_value)
                 hidden = block.finish(hidden, attend(query, keys, values, mask))
             velocity = functional.linear(self.action_norm(hidden).float(), weight_out, bias_out)
+            if guide is not None:
+                velocity = guide.identity(x, tau + at * step, velocity)
             x = torch.addcmul(x, step[..., None], velocity)
         return x
 
@@ -269,8 +323,10 @@ class FlowPolicy(nn.Module):
         self, x: Float[Tensor, "b horizon action"], tau: Float[Tensor, "b horizon"]
     ) -> Float[Tensor, "b horizon width"]:
         """Action, flow time and place in the chunk of every action token, mixed (as in pi0)."""
-        time: Tensor = self.time_in(time_features(tau, self.config.num_time_features).to(x.dtype))
-        mixed: Tensor = self.action_mix(
-            functional.silu(self.action_in(x) + time + self.action_position)
+        time: Tensor = self.time_in(
+            time_features(tau, self.config.num_time_features).to(self.dtype)
         )
-        return mixed
+        weight, bias = self.action_in.weight.to(x.dtype), self.action_in.bias.to(x.dtype)
+        mixed = functional.linear(x, weight, bias) + time + self.action_position
+        embedded: Tensor = self.action_mix(functional.silu(mixed).to(self.dtype))
+        return embedded

@@ -20,6 +20,7 @@ from torch import Tensor
 from ganglion.layout import PageKind, PageLayout
 from ganglion.models.base import StageBatch
 from ganglion.models.policies.flow import FlowPolicy
+from ganglion.models.policies.guidance import Aim, Pull
 from ganglion.models.policies.transforms import Processor
 from ganglion.spec import PolicySpec, Stage
 from ganglion.types import Execution, Float32Array, Observation, Row, SpanKind
@@ -27,6 +28,7 @@ from ganglion.types import Execution, Float32Array, Observation, Row, SpanKind
 KV_SLOTS = (
     4  # divides the 16 text tokens and leaves 1 of 52 slots empty behind the 51 observation tokens
 )
+PULLS = {Execution.RTC: Pull.JACOBIAN, Execution.RTC_IDENTITY: Pull.IDENTITY}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -138,12 +140,23 @@ class FlowModel:
                 num_committed = row.plan.num_committed
                 latent[:num_committed] = self._processor.prefix(row.plan.actions[:num_committed])
                 taus[at, :num_committed] = 1.0
-        latents = self._policy.denoise(latents, taus, widths, context, batch.num_units)
+        aims = tuple(self._aim(row) for row in batch.rows)
+        latents = self._policy.denoise(latents, taus, widths, context, batch.num_units, aims)
         return latents[:, None]
 
     def _width(self, row: Row) -> float:
         """Of one flow step: a row may take fewer and wider ones than the checkpoint says."""
         return 1.0 / (row.num_units or self._num_flow_steps)
+
+    def _aim(self, row: Row) -> Aim | None:
+        pull = PULLS.get(row.observation.execution)
+        if pull is None or row.plan is None:
+            return None
+        return Aim(
+            pull=pull,
+            known=self._processor.prefix(row.plan.actions),
+            num_committed=row.plan.num_committed,
+        )
 
     def _begun(self, row: Row) -> Float[Tensor, "horizon action"]:
         """Noise; for a warm start, mixed with what is being executed as far as its flow time says."""
