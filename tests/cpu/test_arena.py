@@ -1,5 +1,6 @@
 """The arena against plain tensors: every layout sees its own pages, whatever the sizes, and copies isolate."""
 
+import mmap
 import random
 
 import pytest
@@ -210,7 +211,7 @@ def test_copy_orders_count_as_one_after_the_other(orders: list[CopyOrder]) -> No
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["new", "fork", "write", "write", "write", "drop", "recall"]),
+            st.sampled_from(["new", "fork", "write", "write", "drop", "drop", "recall", "tidy"]),
             st.integers(0, 99),
             st.integers(0, 99),
         ),
@@ -222,7 +223,7 @@ def test_copy_orders_count_as_one_after_the_other(orders: list[CopyOrder]) -> No
 def test_nobody_sees_another_holders_writes(
     events: list[tuple[str, int, int]], num_large: int, name: str
 ) -> None:
-    """Ledger and arena together: tables that fork, share by content and are written to, against lists of numbers."""
+    """Ledger and arena together: tables that fork, share by content, are written to and move, against lists of numbers."""
     ledger, arena = Ledger(POOL, num_large), Arena(POOL, num_large)
     tables: list[tuple[tuple[PageId, ...], list[int]]] = []
     made: list[tuple[list[PageKey], list[int]]] = []
@@ -271,9 +272,70 @@ def test_nobody_sees_another_holders_writes(
             ledger.commit(name, (written.pages[place],), None)
             contents = [*contents[:place], -event, *contents[place + 1 :]]
             tables[at % len(tables)] = written.pages, contents
+        elif what == "tidy":
+            ledger.set_num_large_pages(index % (num_large + 1))
+            moves = ledger.plan_moves(24 * at, num_spare=num_large)
+            if moves is not None:
+                arena.copy(moves.copies)
+                arena.release(moves.released)
+                tables = [(moves.now_at(name, pages), contents) for pages, contents in tables]
+            ledger.set_num_large_pages(num_large)
         ledger.check_integrity()
         for pages, contents in tables:
             seen = arena.gather(name, [pages])[0].flatten(1)
             assert torch.equal(
                 seen, torch.tensor(contents, dtype=torch.float32)[:, None].expand_as(seen)
             )
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
+def test_a_lower_budget_gives_memory_back_to_the_system_and_a_higher_one_takes_it() -> None:
+    """64 MiB in use, of which a sixteenth is still wanted: defragmentation, then the memory is really gone."""
+    mib = 1 << 20
+    pool = PoolLayout(large_page_bytes=mib, layouts=(layout("kv", (mib // 64,), "float32"),))
+    ledger = Ledger(pool, 64)
+    before = resident_bytes()
+    arena = Arena(pool, 64)
+    assert resident_bytes() - before < 8 * mib, "address space only"
+    pages = ledger.reserve("kv", 64 * 16, owner="a")
+    values = torch.arange(len(pages), dtype=torch.float32)[:, None]
+    for start in range(0, len(pages), 64):
+        part = values[start : start + 64].expand(-1, mib // 64)
+        arena.scatter("kv", [pages[start : start + 64]], part[None])
+    full = resident_bytes()
+    assert full - before > 60 * mib
+    kept = pages[3::16]
+    ledger.release("kv", [page for page in pages if page not in kept])
+    ledger.set_num_large_pages(4)
+    num_steps = 0
+    while ledger.num_large_pages > 4:
+        moves = ledger.plan_moves(256 * 1024, num_spare=0)
+        assert moves is not None
+        assert len(moves.copies) <= 4
+        arena.copy(moves.copies)
+        arena.release(moves.released)
+        kept = moves.now_at("kv", kept)
+        num_steps += 1
+    assert num_steps == 15
+    assert full - resident_bytes() > 56 * mib
+    assert torch.equal(arena.gather("kv", [kept])[0, :, :1], values[3::16])
+    ledger.set_num_large_pages(64)
+    more = ledger.reserve("kv", 60 * 16, owner="b")
+    arena.scatter("kv", [more], torch.ones(1, len(more), mib // 64))
+    assert resident_bytes() - before > 60 * mib
+    assert torch.equal(arena.gather("kv", [kept])[0, :, :1], values[3::16])
+    ledger.check_integrity()
+
+
+def test_only_whole_pages_of_the_system_are_given_back() -> None:
+    pool = PoolLayout(large_page_bytes=10_000, layouts=(layout("x", (1250,), "float32"),))
+    arena = Arena(pool, 3)
+    arena.scatter("x", ids([list(range(6))]), torch.ones(1, 6, 1250))
+    assert 4096 <= arena.release([1]) <= 8192
+    assert torch.equal(arena.gather("x", ids([[0, 1, 4, 5]])), torch.ones(1, 4, 1250))
+    assert Arena(POOL, 2).release([0, 1]) == 0, "smaller than a page of the system"
+    assert Arena(POOL, 0).release([]) == 0

@@ -3,6 +3,7 @@
 The only torch in memory. Does what it is told by page ids; knows nothing of references, keys or owners.
 """
 
+import mmap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from math import gcd, prod
@@ -24,7 +25,8 @@ Ids = Sequence[Sequence[PageId]]
 class Arena:
     """One tensor of bytes, large page after large page, each seen as small pages of whatever layout it holds.
 
-    Two threads may use it at once as long as none reads the pages that the other writes.
+    On the CPU it is made of address space: a large page takes memory once it is written to, until `release`. Two
+    threads may use it at once as long as none reads the pages that the other writes.
     """
 
     def __init__(
@@ -33,10 +35,15 @@ class Arena:
         self.device = torch.device(device)
         # A stride of whole cache lines: every dtype is aligned, whatever the size of a large page.
         stride_bytes = -(-pool_layout.large_page_bytes // ALIGN_BYTES) * ALIGN_BYTES
-        self._bytes = torch.zeros(
-            (num_large_pages, stride_bytes), dtype=torch.uint8, device=self.device
-        )
         self._stride_bytes = stride_bytes
+        num_bytes = num_large_pages * stride_bytes
+        self._map = None
+        if self.device.type == "cpu" and num_bytes:
+            self._map = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            flat = torch.frombuffer(self._map, dtype=torch.uint8)
+        else:
+            flat = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+        self._bytes = flat.view(num_large_pages, stride_bytes)
         self._pages: dict[str, Tensor] = {}  # [large, per_large, *shape]
         self._runs: dict[str, Tensor] = {}  # [run, word]: a page is one or more whole runs
         for layout in pool_layout.layouts:
@@ -55,7 +62,7 @@ class Arena:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the whole tier."""
+        """Bytes of the whole tier, in use or not."""
         return self._bytes.numel()
 
     def pages(self, layout_name: str) -> Tensor:
@@ -98,6 +105,23 @@ class Arena:
                 sources.append(order.source)
                 targets[order.target] = None
             self._copy(layout_name, sources, targets)
+
+    def release(self, large_pages: Iterable[int]) -> int:
+        """Give these large pages' memory back to the system; returns its bytes. Their contents are undefined after it.
+
+        Only whole pages of the system's own: a large page's ends may stay. They are taken again by being written to.
+        Memory of another device stays as it is: 0.
+        """
+        if self._map is None:
+            return 0
+        num_bytes = 0
+        for large in large_pages:
+            start = -(-large * self._stride_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (large + 1) * self._stride_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if start < end:
+                self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+                num_bytes += end - start
+        return num_bytes
 
     def _copy(self, layout_name: str, sources: Sequence[PageId], targets: Iterable[PageId]) -> None:
         self.scatter(layout_name, [list(targets)], self.gather(layout_name, [sources]))

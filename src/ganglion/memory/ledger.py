@@ -12,7 +12,7 @@ models, no time but its own count of events.
 """
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 from ganglion.errors import FieldError, OutOfPagesError
 from ganglion.layout import PoolLayout
@@ -28,6 +28,14 @@ from ganglion.types import LivePage, PageId, PoolStats
 SHARED = "shared"
 CACHED = "cached"
 PINNED = "pinned"
+
+
+class _Idle(NamedTuple):
+    """A large page without readers."""
+
+    book: Book
+    large: int
+    worth: float
 
 
 class Ledger:
@@ -258,27 +266,25 @@ class Ledger:
     def _evict(self, book: Book) -> None:
         """Drop what is worth least: a cached page of this layout, or a whole idle large page of another one."""
         key = book.cached.weakest()
-        least = None if key is None else book.cached.worth(key)
         idle = self._weakest_idle(but=book)
-        if idle is not None:
-            other, large = idle
-            worth = other.slabs.idle.worth(large)
-            if least is None or worth < least:
-                for page in other.cached_in(large):
-                    other.evict(page)
-                return
-        assert key is not None, f"nothing to evict for {book.layout.name}"
-        book.evict(book.page_of[cast(PageKey, key)])
+        if key is None or (idle is not None and idle.worth < book.cached.worth(key)):
+            assert idle is not None, f"nothing to evict for {book.layout.name}"
+            for page in idle.book.cached_in(idle.large):
+                idle.book.evict(page)
+        else:
+            book.evict(book.page_of[cast(PageKey, key)])
 
-    def _weakest_idle(self, *, but: Book | None = None) -> tuple[Book, int] | None:
-        """The idle large page that is worth least, and whose it is."""
-        candidates = [
-            (book, large)
-            for book in self._books.values()
-            if book is not but
-            and (large := cast("int | None", book.slabs.idle.weakest())) is not None
-        ]
-        return min(candidates, key=lambda at: at[0].slabs.idle.worth(at[1]), default=None)
+    def _weakest_idle(self, *, but: Book | None = None) -> _Idle | None:
+        """The idle large page that is worth least."""
+        weakest: _Idle | None = None
+        for book in self._books.values():
+            if book is not but and book.slabs.num_idle:
+                large = book.slabs.idle.weakest()
+                assert isinstance(large, int), f"{book.layout.name}: {large} is no large page"
+                worth = book.slabs.idle.worth(large)
+                if weakest is None or worth < weakest.worth:
+                    weakest = _Idle(book, large, worth)
+        return weakest
 
     # --- places ----------------------------------------------------------------------------------------------
 
@@ -349,11 +355,10 @@ class Ledger:
         idle = self._weakest_idle()
         if idle is None:
             return 0
-        book, large = idle
-        page_bytes = book.layout.page_bytes
-        pages = book.cached_in(large)[: budget_bytes // page_bytes]
+        page_bytes = idle.book.layout.page_bytes
+        pages = idle.book.cached_in(idle.large)[: budget_bytes // page_bytes]
         for page in pages:
-            book.evict(page)
+            idle.book.evict(page)
         return len(pages) * page_bytes
 
     # --- checks and statistics -------------------------------------------------------------------------------
