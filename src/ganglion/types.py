@@ -183,6 +183,7 @@ class SessionStats:
     num_pages: Mapping[str, int]  # layout name -> pages it holds
     in_flight: tuple[RequestId, ...] = ()  # its chunks under way, oldest first
     execution: Execution = Execution.NAIVE  # as its newest observation in the engine says
+    wait_ratio: float = 0.0  # time it waited for chunks over time it executed, of late
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

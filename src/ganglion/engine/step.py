@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from ganglion.clock import Clock
 from ganglion.engine.context import PublicContext, ticks_between
 from ganglion.engine.executor import Executor, PieceResult
+from ganglion.engine.outlook import Outlook, outlooks
 from ganglion.engine.record import step_record
 from ganglion.engine.scheduler import Scheduler
 from ganglion.engine.work import Piece, PieceOrder, Span, StepPlan, Work, WorkView
@@ -79,6 +80,11 @@ class Engine:
         return bool(self._works)
 
     @property
+    def num_under_way(self) -> int:
+        """Requests waiting or in flight."""
+        return len(self._works)
+
+    @property
     def ledger(self) -> Ledger:
         """The ledger, for statistics."""
         return self._ledger
@@ -137,6 +143,10 @@ class Engine:
         work = self._works.get(request_id)
         if work is not None:
             work.deadline_us, work.wait_ratio = round(deadline_s * 1e6), wait_ratio
+
+    def outlooks(self) -> list[Outlook]:
+        """What is left of every request under way."""
+        return outlooks(self._works.values(), self._cost, may_see_newer=self._may_see_newer)
 
     def num_flow_steps(self, request_id: RequestId) -> int:
         """Flow steps that were run for a request in flight."""

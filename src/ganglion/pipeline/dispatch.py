@@ -20,6 +20,7 @@ from ganglion.errors import (
 from ganglion.metrics import Metrics
 from ganglion.pipeline.act import ActionGuard
 from ganglion.pipeline.session import Session, Submission
+from ganglion.pipeline.triage import Triage
 from ganglion.pipeline.tune import Pace, Tuner
 from ganglion.service import Outcome
 from ganglion.spec import PolicySpec
@@ -69,8 +70,10 @@ class Dispatcher:
         clock: Clock,
         metrics: Metrics,
         tuner: Tuner,
+        triage: Triage | None = None,
     ) -> None:
         self._tuner, self._pace = tuner, tuner.pace(1)
+        self._triage = triage or Triage(spec)
         self._next_tuning_s = 0.0
         self._engine, self._spec, self._clock, self._metrics = engine, spec, clock, metrics
         self._guard = ActionGuard(spec)
@@ -100,16 +103,38 @@ class Dispatcher:
         Sessions are admitted here and not as their messages come in, so that newest wins among all that arrived.
         """
         now_s = self._clock.now_s()
-        if now_s >= self._next_tuning_s:
+        self._give_up(now_s)
+        rung = self._triage.rung
+        is_other_rung = self._triage.decide(now_s) != rung
+        if now_s >= self._next_tuning_s or is_other_rung:
             self._next_tuning_s = now_s + TUNING_PERIOD_S
-            self._pace = self._tuner.pace(len(self._sessions))
-        for session in self._sessions.values():
-            self._admit(session)
+            self._triage.tune()
+            self._pace = self._tuner.pace(
+                len(self._sessions),
+                num_flow_steps=self._triage.num_flow_steps,
+                max_degree=self._triage.rung.max_degree,
+            )
+        num_rooms = self._triage.num_rooms(self._engine.num_under_way)
+        for session in self._triage.in_order(tuple(self._sessions.values()), now_s):
+            if num_rooms == 0:
+                break
+            if self._admit(session, now_s) and num_rooms is not None:
+                num_rooms -= 1
         record = self._engine.step()
         if record is not None:
             self._metrics.observe_step(record)
         self._settle_all()
+        return self.has_work
+
+    @property
+    def has_work(self) -> bool:
+        """Is an observation in the engine or waiting for it?"""
         return self._engine.has_work or any(s.waiting for s in self._sessions.values())
+
+    def is_wanted(self, session_id: SessionId) -> bool:
+        """Would an observation of this session go into the engine at once?"""
+        session = self._sessions.get(session_id)
+        return session is None or (session.waiting is None and self._may_launch(session))
 
     def fail_all(self, error: GanglionError) -> None:
         """End every open request with `error` (a defect, or the server is stopping)."""
@@ -135,27 +160,49 @@ class Dispatcher:
                 displaced.request_id,
                 SupersededError(seq=displaced.observation.seq, newest_seq=session.newest_seq),
             )
+        self._triage.receive(submission)
 
-    def _admit(self, session: Session) -> None:
-        """Send the session's waiting observation into the engine, if it is time to launch one."""
-        while self._may_launch(session) and (submission := session.take()) is not None:
-            late_s = self._clock.now_s() - submission.deadline_s
+    def _admit(self, session: Session, now_s: float) -> bool:
+        """Send the session's waiting observation into the engine, if it is time to launch one; did it go in?"""
+        if self._may_launch(session) and (submission := session.take()) is not None:
+            late_s = now_s - submission.deadline_s
             if submission.is_deadline_strict and late_s > 0:
                 del session.in_flight[submission.request_id]
                 session.num_deadline_misses += 1
+                self._triage.miss(now_s)
                 deadline_ms = (submission.deadline_s - submission.submitted_s) * 1e3
                 self._answer(
                     submission.request_id,
                     DeadlineMissedError(late_ms=late_s * 1e3, deadline_ms=deadline_ms),
                 )
-                continue
+                return False
+            urgency = self._triage.urgency(submission, now_s)
             self._engine.submit(
                 submission.request_id,
                 self._spec.name,
                 submission.observation,
-                deadline_s=submission.deadline_s,
+                deadline_s=urgency.deadline_s,
+                num_flow_steps=self._triage.num_flow_steps,
+                wait_ratio=urgency.wait_ratio,
             )
+            return True
+        return False
+
+    def _give_up(self, now_s: float) -> None:
+        """Cancel, between two steps, what is superseded or hopeless."""
+        waiting = {
+            session.session_id: session.waiting
+            for session in self._sessions.values()
+            if session.waiting is not None
+        }
+        is_pipelined = any(len(session.in_flight) > 1 for session in self._sessions.values())
+        if not self._engine.has_work or not (waiting or is_pipelined):
             return
+        for request_id, reason in self._triage.given_up(self._engine.outlooks(), waiting, now_s):
+            if isinstance(reason, DeadlineMissedError) and request_id in self._open:
+                self._open[request_id][0].num_deadline_misses += 1
+                self._triage.miss(now_s)
+            self._cancel(request_id, reason)
 
     def _may_launch(self, session: Session) -> bool:
         """Launches are clocked by flow steps: each follows when the one before it has done its share of them.
@@ -189,7 +236,7 @@ class Dispatcher:
                     self._answer(submission.request_id, CancelledError("session was reset"))
             self._engine.close_session(session_id)
             self._settle_all()
-            session.newest_seq = -1
+            self._triage.forget(session_id, is_gone=is_gone)
         if is_gone:
             self._sessions.pop(session_id, None)
 
@@ -228,6 +275,12 @@ class Dispatcher:
             return error
         self._engine.execute(work, checked)
         now_s = self._clock.now_s()
+        self._triage.send(work.seen, num_rows=len(checked), now_s=now_s)
+        for request_id, other in session.in_flight.items():
+            urgency = self._triage.urgency(other, now_s)
+            self._engine.reorder(
+                request_id, deadline_s=urgency.deadline_s, wait_ratio=urgency.wait_ratio
+            )
         infer_ms = (now_s - submission.submitted_s) * 1e3
         queue_ms = ((work.started_s or now_s) - submission.submitted_s) * 1e3
         perceive_ms, generate_ms = work.perceive_us * 1e-3, work.generate_us * 1e-3
@@ -285,6 +338,7 @@ class Dispatcher:
             num_errors=self._num_errors,
             num_cancelled=self._num_cancelled,
             pace=_pace_stats(self._pace),
+            rung=self._triage.rung_name,
         )
 
     def _session_stats(self, session: Session, now_s: float) -> SessionStats:
@@ -304,6 +358,7 @@ class Dispatcher:
             num_pages=self._engine.num_pages(session.session_id),
             in_flight=tuple(session.in_flight),
             execution=session.execution,
+            wait_ratio=self._triage.wait_ratio(session.session_id, now_s),
         )
 
 

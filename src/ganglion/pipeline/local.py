@@ -32,8 +32,11 @@ from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
 from ganglion.metrics import Metrics
 from ganglion.models.base import Model
+from ganglion.pipeline.admission import Admission
 from ganglion.pipeline.dispatch import Cancel, Dispatcher, Message, Refresh
+from ganglion.pipeline.ladder import Ladder
 from ganglion.pipeline.session import Submission
+from ganglion.pipeline.triage import Triage
 from ganglion.pipeline.tune import Tuner
 from ganglion.plan.cost import MeasuredCost
 from ganglion.service import OnDone
@@ -66,6 +69,7 @@ class LocalService:
         engine: EngineConfig,
         memory: MemoryConfig,
         pipeline: PipelineConfig | None = None,
+        ladder: Ladder | None = None,
         clock: Clock | None = None,
         metrics: Metrics | None = None,
     ) -> None:
@@ -92,8 +96,16 @@ class LocalService:
             warm_start_share=pipeline.warm_start,
         )
         tuner = Tuner(pipeline, cost, model=name, stages=model.stages, num_lanes=len(self._lanes))
+        admission = Admission(
+            cost,
+            model=name,
+            stages=model.stages,
+            max_rows=engine.max_rows,
+            num_lanes=len(self._lanes),
+        )
+        triage = Triage(model.spec, admission=admission, ladder=ladder)
         self._dispatcher = Dispatcher(
-            self._engine, model.spec, self._clock, metrics or Metrics(), tuner
+            self._engine, model.spec, self._clock, metrics or Metrics(), tuner, triage
         )
         self._loop: EngineLoop[Message] = EngineLoop(
             open_=self._open,

@@ -52,18 +52,25 @@ class Tuner:
         self._perceive = tuple(stages[:-1])
         self._generate = stages[-1]
         self._num_lanes = num_lanes
-        spared = round(config.warm_start * self._generate.num_units)
-        self._num_steps = max(1, self._generate.num_units - spared)
 
-    def pace(self, num_robots: int) -> Pace:
-        """The degree for so many robots, from what the stages take now."""
+    def pace(
+        self, num_robots: int, *, num_flow_steps: int | None = None, max_degree: int = 0
+    ) -> Pace:
+        """The degree for so many robots, from what the stages take now.
+
+        The quality ladder may ask for fewer flow steps than the policy has and, unless 0, bound the degree.
+        """
+        num_steps = self._num_steps_of(num_flow_steps)
         fixed = self._config.degree
         if not self._generate.is_divisible:
-            return self._at(1, "this policy computes a chunk in one piece", ())
-        limit = min(self._config.max_degree, self._num_steps)
-        forecasts = tuple(self.forecast(n, num_robots) for n in range(1, limit + 1))
+            return self._at(1, "this policy computes a chunk in one piece", (), num_steps)
+        limit = min(self._config.max_degree, num_steps, max_degree or num_steps)
+        forecasts = tuple(
+            self.forecast(n, num_robots, num_flow_steps=num_flow_steps) for n in range(1, limit + 1)
+        )
         if fixed:
-            return self._at(min(fixed, self._num_steps), f"degree {fixed} by config", forecasts)
+            reason = f"degree {fixed} by config"
+            return self._at(min(fixed, num_steps), reason, forecasts, num_steps)
         best = forecasts[0]
         for forecast in forecasts[1:]:
             is_fresh = forecast.latency_ms <= self._config.max_age_ms
@@ -74,29 +81,36 @@ class Tuner:
             f"(degree 1: {forecasts[0].rate_hz:.1f} at {forecasts[0].latency_ms:.0f} ms; "
             f"bound {self._config.max_age_ms:.0f} ms)"
         )
-        return self._at(best.degree, reason, forecasts)
+        return self._at(best.degree, reason, forecasts, num_steps)
 
-    def forecast(self, degree: int, num_robots: int) -> Forecast:
+    def forecast(
+        self, degree: int, num_robots: int, *, num_flow_steps: int | None = None
+    ) -> Forecast:
         """Steady state: each cycle perceives once for every robot and brings every chunk 1/n of its steps further."""
         num_robots = max(1, num_robots)
-        steps = self._steps_between(degree)
-        depth = -(-self._num_steps // steps)
+        num_steps = self._num_steps_of(num_flow_steps)
+        steps = -(-num_steps // degree)
+        depth = -(-num_steps // steps)
         cycle_us = self._perceive_us(num_robots) + steps * self._step_us(depth * num_robots)
         return Forecast(
             degree=degree, rate_hz=1e6 / max(1, cycle_us), latency_ms=depth * cycle_us * 1e-3
         )
 
-    def _at(self, degree: int, reason: str, forecasts: tuple[Forecast, ...]) -> Pace:
+    def _num_steps_of(self, num_flow_steps: int | None) -> int:
+        """Flow steps that are run for a chunk: a warm start spares some."""
+        num_steps = self._generate.num_units if num_flow_steps is None else num_flow_steps
+        return max(1, num_steps - round(self._config.warm_start * num_steps))
+
+    def _at(
+        self, degree: int, reason: str, forecasts: tuple[Forecast, ...], num_steps: int
+    ) -> Pace:
         return Pace(
             degree=degree,
-            steps_between=self._steps_between(degree),
+            steps_between=-(-num_steps // degree),
             reason=reason,
             max_age_ms=self._config.max_age_ms,
             forecasts=forecasts,
         )
-
-    def _steps_between(self, degree: int) -> int:
-        return -(-self._num_steps // degree)
 
     def _perceive_us(self, num_rows: int) -> int:
         """Stages that another robot or request has done already cost nothing: instructions are the rule."""
