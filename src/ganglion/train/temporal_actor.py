@@ -15,8 +15,7 @@ from ganglion.memory.codec.int8 import Int8Codec
 from ganglion.memory.retention.history import History, HistoryConfig
 from ganglion.models.policies.temporal import memory_page_shape
 from ganglion.models.policies.temporal_checkpoint import TemporalCheckpoint
-from ganglion.train.actor import Glance
-from ganglion.types import Float32Array
+from ganglion.types import Float32Array, UInt8Array
 
 
 class Roads(Flag):
@@ -26,6 +25,16 @@ class Roads(Flag):
     HISTORY = 1
     RECURRENT = 2
     BOTH = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """One robot's observation."""
+
+    images: UInt8Array  # [view, height, width, 3]
+    state: Float32Array
+    prompt: str
+    noise_seed: int
 
 
 @dataclass(slots=True)
@@ -69,12 +78,12 @@ class TemporalActor:
         return ArmMemory(history=History(self._history), hidden=hidden)
 
     @torch.inference_mode()
-    def act(self, glances: Sequence[Glance], memories: Sequence[ArmMemory]) -> Float32Array:
-        """Chunks [row, horizon, action_dim] in the robot's units. `glances` carry no prefix."""
+    def act(self, sights: Sequence[Sight], memories: Sequence[ArmMemory]) -> Float32Array:
+        """Chunks [row, horizon, action_dim] in the robot's units."""
         policy, flow = self._policy, self._policy.flow
-        features = flow.encode_views(torch.from_numpy(np.stack([g.images for g in glances])))
-        state = self._processor.state(np.stack([glance.state for glance in glances]))
-        text_kv = torch.cat([self._text(glance.prompt) for glance in glances])
+        features = flow.encode_views(torch.from_numpy(np.stack([sight.images for sight in sights])))
+        state = self._processor.state(np.stack([sight.state for sight in sights]))
+        text_kv = torch.cat([self._text(sight.prompt) for sight in sights])
         observation_kv = flow.prefill_observation(features, state.to(policy.dtype), text_kv)
         context_kv = torch.cat([text_kv, observation_kv], dim=3)
         seq = torch.tensor([memory.num_seen for memory in memories])
@@ -90,9 +99,9 @@ class TemporalActor:
         masses = policy.relevance(context_kv).tolist()
         for row, memory in enumerate(memories):
             self._remember(memory, page[row], hidden[row], kept[row], masses[row])
-        x = torch.stack([self._noise(glance.noise_seed) for glance in glances])
-        tau = torch.zeros(len(glances), flow.config.horizon)
-        dtau = torch.full((len(glances),), 1.0 / self._num_flow_steps)
+        x = torch.stack([self._noise(sight.noise_seed) for sight in sights])
+        tau = torch.zeros(len(sights), flow.config.horizon)
+        dtau = torch.full((len(sights),), 1.0 / self._num_flow_steps)
         return self._processor.actions(flow.denoise(x, tau, dtau, context_kv, self._num_flow_steps))
 
     def _past(self, memory: ArmMemory, items: tuple[int, ...]) -> Tensor:

@@ -17,9 +17,8 @@ from ganglion.models.policies.temporal_checkpoint import load_temporal_checkpoin
 from ganglion.models.registry import DTYPES
 from ganglion.robots.hidden import HIDDEN_TASKS, HiddenGoal
 from ganglion.robots.metaworld import ACTION_DIM, MAX_TICKS, STATE_KEY, UNSEEN_SEEDS, VIEW_KEYS
-from ganglion.train.actor import Glance
 from ganglion.train.evaluate import TaskResult
-from ganglion.train.temporal_actor import ArmMemory, Roads, TemporalActor
+from ganglion.train.temporal_actor import ArmMemory, Roads, Sight, TemporalActor
 from ganglion.types import Float32Array
 
 
@@ -128,7 +127,7 @@ def run_wave(arms: list["Arm"], actor: TemporalActor, config: TemporalEvaluateCo
         if not active:
             return
         if tick % config.ticks_per_chunk == 0:
-            chunks = actor.act([arm.glance(tick) for arm in active], [a.memory for a in active])
+            chunks = actor.act([arm.sight(tick) for arm in active], [a.memory for a in active])
             for arm, chunk in zip(active, chunks, strict=True):
                 arm.expect(tick, chunk)
         for arm in active:
@@ -143,15 +142,14 @@ class Arm:
         self._arriving: list[tuple[int, Float32Array]] = []  # (tick of the observation, chunk)
         self._current: tuple[int, Float32Array] | None = None
 
-    def glance(self, tick: int) -> Glance:
+    def sight(self, tick: int) -> Sight:
         """What the arm sees now."""
         views = self.world.observe()
-        return Glance(
+        return Sight(
             images=np.stack([views[key] for key in VIEW_KEYS]).astype(np.uint8),
             state=np.asarray(views[STATE_KEY], np.float32),
             prompt=self.world.prompt,
             noise_seed=self.seed * MAX_TICKS + tick,
-            prefix=np.empty((0, ACTION_DIM), np.float32),
         )
 
     def expect(self, tick: int, chunk: Float32Array) -> None:

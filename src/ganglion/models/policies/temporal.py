@@ -34,7 +34,7 @@ from ganglion.models.policies.flow import FlowConfig, FlowPolicy
 # Digits of a page's stamp. 127 marks a written page and is the largest of its row: int8 keeps all of them exactly.
 STAMP_BASE = 127
 NUM_STAMP_DIGITS = 4
-MAX_SEQ = STAMP_BASE**NUM_STAMP_DIGITS - 1  # 260 million observations
+NUM_STAMPS = STAMP_BASE**NUM_STAMP_DIGITS  # observation numbers are told apart modulo 260 million
 AGE_SCALE = 64.0  # observations; ages beyond it look alike
 
 # What a memory leaves as it was; the rest of the FlowPolicy, its action expert, learns to read memory tokens.
@@ -234,7 +234,7 @@ class TemporalPolicy(nn.Module):
     ) -> Float[Tensor, "b layer 2 memory head dim"]:
         """Keys and values of the memory. Pages of zeros are absent; so is a recurrent state of zeros."""
         is_written, written_seq = read_stamp(past[:, :, -1])
-        age = (seq[:, None] - written_seq).float()
+        age = ((seq[:, None] - written_seq) % NUM_STAMPS).float()
         history = self.memory.history_tokens(self.memory.encode(past), age, is_written)
         recurrent = self.memory.recurrent_token(hidden, hidden.ne(0.0).any(-1))
         return self.memory.project(torch.cat([history, recurrent], dim=1), context_kv)
@@ -271,9 +271,7 @@ class TemporalPolicy(nn.Module):
 
 
 def stamp(seq: Int[Tensor, " b"]) -> Int[Tensor, "b digit"]:
-    """A mark that says "written", then the observation's number in digits. Raises ValueError beyond MAX_SEQ."""
-    if seq.numel() and not 0 <= int(seq.min()) <= int(seq.max()) <= MAX_SEQ:
-        raise ValueError(f"seq {seq.tolist()} must lie in 0..{MAX_SEQ}")
+    """A mark that says "written", then the observation's number in digits, the lowest first."""
     digits = [seq // STAMP_BASE**place % STAMP_BASE for place in range(NUM_STAMP_DIGITS)]
     return torch.stack([torch.full_like(seq, STAMP_BASE), *digits], dim=-1)
 
