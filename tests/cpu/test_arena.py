@@ -274,7 +274,7 @@ def test_nobody_sees_another_holders_writes(
             tables[at % len(tables)] = written.pages, contents
         elif what == "tidy":
             ledger.set_num_large_pages(index % (num_large + 1))
-            moves = ledger.plan_moves(24 * at, num_spare=num_large)
+            moves = ledger.plan_moves(4096 * at, num_spare=num_large)
             if moves is not None:
                 arena.copy(moves.copies)
                 arena.release(moves.released)

@@ -6,6 +6,7 @@ import pytest
 
 from ganglion.errors import FieldError, OutOfPagesError
 from ganglion.layout import PageKind, PageLayout, PoolLayout
+from ganglion.memory.book import PAGE_COST_BYTES
 from ganglion.memory.ledger import Ledger
 from ganglion.memory.orders import CopyOrder, Moves
 from ganglion.memory.prefix import PageKey
@@ -15,7 +16,8 @@ from ganglion.types import PageId
 KV = PageLayout(name="kv", kind=PageKind.KV, shape=(16,), dtype="uint8", slots=1)
 FEATURE = PageLayout(name="feature", kind=PageKind.FEATURE, shape=(64,), dtype="uint8", slots=1)
 POOL = PoolLayout(large_page_bytes=64, layouts=(KV, FEATURE))
-ALL = 10_000
+ONE = PAGE_COST_BYTES  # takes of the budget: moving a page as small as ours
+ALL = 100 * ONE
 
 
 def keys(*names: str) -> tuple[PageKey, ...]:
@@ -61,8 +63,8 @@ def test_the_emptiest_large_page_moves_into_the_fullest() -> None:
 def test_a_step_moves_no_more_than_its_budget_and_the_next_one_goes_on() -> None:
     ledger = Ledger(POOL, 2)
     left = tuple(with_holes(ledger, (0, 1), (2, 3)))
-    assert ledger.plan_moves(15, num_spare=1) is None, "less than a page"
-    for budget_bytes, num_left in ((31, 1), (16, 0)):
+    assert ledger.plan_moves(ONE - 1, num_spare=1) is None, "less than a page"
+    for budget_bytes, num_left in ((2 * ONE - 1, 1), (ONE, 0)):
         moves = ledger.plan_moves(budget_bytes, num_spare=1)
         assert moves is not None
         assert len(moves.copies) == 1
@@ -151,10 +153,10 @@ def test_who_holds_nothing_is_forgotten() -> None:
     holder = Remembers()
     ledger.attach(holder)
     with_holes(ledger, (0,), (0,), (0,))
-    moves = ledger.plan_moves(16, num_spare=2)
+    moves = ledger.plan_moves(ONE, num_spare=2)
     assert told == [moves]
     ledger.detach(holder)
-    assert ledger.plan_moves(16, num_spare=2) is not None
+    assert ledger.plan_moves(ONE, num_spare=2) is not None
     assert len(told) == 1
 
 
@@ -163,7 +165,7 @@ def test_a_lower_budget_takes_free_large_pages_at_once_and_frees_the_others_by_m
     left = with_holes(ledger, (0,), (0, 1), (0,))
     ledger.set_num_large_pages(1)
     assert ledger.num_large_pages == 6
-    moves = ledger.plan_moves(16, num_spare=0)
+    moves = ledger.plan_moves(ONE, num_spare=0)
     assert moves is not None
     assert len(moves.copies) == 1
     assert sorted(moves.released) in ([0, 3, 4, 5], [2, 3, 4, 5])
@@ -190,7 +192,7 @@ def test_a_lower_budget_evicts_what_is_cached_and_waits_for_what_is_held() -> No
     (held,) = ledger.reserve("feature", 1, owner="a")
     ledger.set_num_large_pages(0)
     for num_large_pages in (3, 2, 1, 1):
-        ledger.plan_moves(48, num_spare=0)
+        ledger.plan_moves(3 * ONE, num_spare=0)
         ledger.check_integrity()
         assert ledger.num_large_pages == num_large_pages
     ledger.release("feature", (held,))
@@ -238,7 +240,7 @@ def test_one_layout_can_always_be_packed(seed: int) -> None:
     left = tuple(rng.sample(pages, rng.randrange(1, 120)))
     ledger.release("kv", [page for page in pages if page not in left])
     num_steps = 0
-    while moves := ledger.plan_moves(128, num_spare=60):
+    while moves := ledger.plan_moves(8 * ONE, num_spare=60):
         left = moves.now_at("kv", left)
         ledger.check_integrity()
         num_steps += 1

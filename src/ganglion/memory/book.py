@@ -9,6 +9,8 @@ from ganglion.memory.prefix import PageKey
 from ganglion.memory.retention.value import Value
 from ganglion.types import PageId
 
+PAGE_COST_BYTES = 8192  # the ints of one move take as long as copying so many bytes
+
 
 @dataclass(slots=True, kw_only=True)
 class Book:
@@ -24,6 +26,11 @@ class Book:
     is_valid: bytearray = field(default_factory=bytearray)
     num_pins: dict[PageId, int] = field(default_factory=dict)
     page_of: dict[PageKey, PageId] = field(default_factory=dict)
+
+    @property
+    def cost_bytes(self) -> int:
+        """What moving or evicting one page takes of a step's budget."""
+        return max(self.layout.page_bytes, PAGE_COST_BYTES)
 
     def grow(self) -> None:
         """Make room for all ids that the pool has handed out; a half more, so that growing stays rare."""

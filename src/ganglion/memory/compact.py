@@ -20,24 +20,24 @@ class Victim:
     large: int
 
     @property
-    def num_bytes(self) -> int:
-        """To copy until it is empty."""
-        return self.book.slabs.num_live(self.large) * self.book.layout.page_bytes
+    def cost_bytes(self) -> int:
+        """What it takes of the steps' budgets until it is empty."""
+        return self.book.slabs.num_live(self.large) * self.book.cost_bytes
 
 
-def weakest_victim(books: Mapping[str, Book], max_page_bytes: int) -> Victim | None:
-    """The large page that costs the fewest bytes to empty; None when none can be emptied.
+def cheapest_victim(books: Mapping[str, Book], budget_bytes: int) -> Victim | None:
+    """The large page that costs the least to empty; None when none can be emptied.
 
-    Layouts whose pages have more than `max_page_bytes` are left out.
+    Layouts of which not even one page can move within the budget are left out.
     """
     victims = [
         Victim(book=book, large=large)
         for book in books.values()
-        if book.layout.page_bytes <= max_page_bytes
+        if book.cost_bytes <= budget_bytes
         for large in (book.slabs.emptiest_busy(), book.slabs.emptiest_idle())
         if large is not None and _fits(book, large)
     ]
-    return min(victims, key=lambda victim: victim.num_bytes, default=None)
+    return min(victims, key=lambda victim: victim.cost_bytes, default=None)
 
 
 def _fits(book: Book, large: int) -> bool:
@@ -56,16 +56,16 @@ class Itinerary:
     _origins: dict[tuple[str, PageId], PageId] = field(default_factory=dict)
 
     def move(self, victim: Victim, budget_bytes: int, now: int) -> int:
-        """Move what the budget allows, held pages first; returns the bytes moved, 0 when it allows none."""
+        """Move what the budget allows, held pages first; returns what it took."""
         book, large = victim.book, victim.large
-        num_left = budget_bytes // book.layout.page_bytes
+        num_left = budget_bytes // book.cost_bytes
         held = book.held_in(large)[:num_left]
         cached = book.cached_in(large)[: num_left - len(held)]
         if held:
             self._note(book, held, book.slabs.move_held(large, held, now))
         if cached:
             self._note(book, cached, book.slabs.move_parked(large, cached))
-        return (len(held) + len(cached)) * book.layout.page_bytes
+        return (len(held) + len(cached)) * book.cost_bytes
 
     def _note(self, book: Book, sources: list[PageId], targets: list[PageId]) -> None:
         name = book.layout.name

@@ -17,7 +17,7 @@ from typing import NamedTuple, cast
 from ganglion.errors import FieldError, OutOfPagesError
 from ganglion.layout import PoolLayout
 from ganglion.memory.book import Book
-from ganglion.memory.compact import Itinerary, weakest_victim
+from ganglion.memory.compact import Itinerary, cheapest_victim
 from ganglion.memory.orders import CopyOrder, Holder, Moves, Writable
 from ganglion.memory.pool import LargePages, Slabs
 from ganglion.memory.prefix import PageKey
@@ -280,7 +280,7 @@ class Ledger:
         for book in self._books.values():
             if book is not but and book.slabs.num_idle:
                 large = book.slabs.idle.weakest()
-                assert isinstance(large, int), f"{book.layout.name}: {large} is no large page"
+                assert isinstance(large, int), f"{book.layout.name}: {large!r} is no large page"
                 worth = book.slabs.idle.worth(large)
                 if weakest is None or worth < weakest.worth:
                     weakest = _Idle(book, large, worth)
@@ -320,16 +320,16 @@ class Ledger:
     def plan_moves(self, budget_bytes: int, *, num_spare: int) -> Moves | None:
         """Between two steps: bring large pages under the budget of the pool, and `num_spare` of them free.
 
-        Small pages, cached ones included, move out of the emptiest large pages, `budget_bytes` of them at most; nothing
-        moves while enough is free. Over the budget of the pool, cached pages go when moving cannot help; each counts as
-        bytes too. References, keys, epochs, owners and the order of eviction move along, and so do all holders. None
+        Small pages, cached ones included, move out of the emptiest large pages, `budget_bytes` of them at most, where a
+        page counts as PAGE_COST_BYTES at least; nothing moves while enough is free. Over the budget of the pool, cached
+        pages go when moving cannot help; they take of the budget too. References, keys, epochs, owners and the order of eviction move along, and so do all holders. None
         when there is nothing to do; else the caller carries the orders out before anything reads or writes.
         """
         large_pages = self._large_pages
         released = large_pages.retire()
         itinerary = Itinerary()
         while large_pages.num_surplus or large_pages.num_free < num_spare:
-            victim = weakest_victim(self._books, budget_bytes)
+            victim = cheapest_victim(self._books, budget_bytes)
             if victim is not None:
                 budget_bytes -= itinerary.move(victim, budget_bytes, self._num_events)
             elif large_pages.num_surplus:
@@ -351,15 +351,15 @@ class Ledger:
         return moves
 
     def _evict_idle(self, budget_bytes: int) -> int:
-        """Drop cached pages of the idle large page that is worth least; returns their bytes, at most the budget."""
+        """Drop cached pages of the idle large page that is worth least; returns what it took of the budget."""
         idle = self._weakest_idle()
         if idle is None:
             return 0
-        page_bytes = idle.book.layout.page_bytes
-        pages = idle.book.cached_in(idle.large)[: budget_bytes // page_bytes]
+        cost_bytes = idle.book.cost_bytes
+        pages = idle.book.cached_in(idle.large)[: budget_bytes // cost_bytes]
         for page in pages:
             idle.book.evict(page)
-        return len(pages) * page_bytes
+        return len(pages) * cost_bytes
 
     # --- checks and statistics -------------------------------------------------------------------------------
 

@@ -97,12 +97,11 @@ class VersionedTable:
     def relocate(self, moves: Moves) -> None:
         """The ledger moved pages: leases in readers' hands follow."""
         for version in self._versions.values():
-            version.lease.tables = tuple(
-                [
-                    replace(table, pages=moves.now_at(table.layout, table.pages))
-                    for table in version.lease.tables
-                ]
-            )
+            lease = version.lease
+            for table in lease.tables:
+                if moves.concern(table.layout, table.pages):
+                    lease.tables = tuple([_moved(table, moves) for table in lease.tables])
+                    break
 
     def num_pages(self) -> dict[str, int]:
         """Pages held, by layout, over all living versions."""
@@ -127,3 +126,7 @@ class VersionedTable:
                 self._ledger.release(table.layout, table.pages)
             if not self._versions:
                 self._ledger.detach(self)
+
+
+def _moved(table: PageTable, moves: Moves) -> PageTable:
+    return replace(table, pages=moves.now_at(table.layout, table.pages))
