@@ -23,14 +23,18 @@ from ganglion.service import OnDone
 from ganglion.spec import PolicySpec
 from ganglion.types import (
     Command,
+    DegreeStats,
+    Execution,
     LivePage,
     Observation,
     OverridePrompt,
+    PaceStats,
     PageId,
     PieceRecord,
     PoolStats,
     RequestId,
     RobotId,
+    RowRecord,
     ServiceStats,
     SessionId,
     SessionStats,
@@ -66,7 +70,13 @@ TASKS = (
 )
 PAGES_PER_LARGE = {"kv": 9, "feature": 36, "state": 64}
 PAGES_PER_SESSION = {"kv": 5, "feature": 8, "state": 3}
-STEP_PERIOD_S = 0.031
+STEP_PERIOD_S = 0.0125
+DEGREE, STEPS_BETWEEN = 4, 3  # launches of one robot, in engine steps: one flow step each
+REASON = "degree 4: 24.1 chunks/s a robot at 166 ms (degree 1: 11.8 at 85 ms; bound 250 ms)"
+FORECASTS = (
+    (1, 11.8, 85.0), (2, 17.9, 112.0), (3, 21.6, 139.0), (4, 24.1, 166.0), (5, 24.6, 203.0),
+    (6, 25.0, 262.0),
+)  # fmt: skip
 
 
 class ScriptedService:
@@ -78,8 +88,11 @@ class ScriptedService:
         self._prompts: dict[SessionId, str | None] = {
             session_id(at): None for at in range(num_sessions)
         }
-        self._steps: deque[StepRecord] = deque(maxlen=240)
+        self._steps: deque[StepRecord] = deque(maxlen=400)
         self._num_steps = 0
+        self._num_launches: dict[SessionId, int] = {}
+        self._cursors: dict[RequestId, tuple[SessionId, int]] = {}  # chunks under way: flow steps
+        self._next_request = 1
         self.commands: list[Command] = []
 
     @property
@@ -113,7 +126,7 @@ class ScriptedService:
             self._steps.append(self._step(self._num_steps))
             self._num_steps += 1
         age_s = now_s - self._start_s
-        num_chunks = int(age_s * 5)
+        num_chunks = int(age_s * 24)
         sessions = tuple(
             SessionStats(
                 session_id=key,
@@ -124,11 +137,15 @@ class ScriptedService:
                 num_superseded=0,
                 num_deadline_misses=0,
                 num_errors=0,
-                chunk_hz=5.0 + 0.1 * math.sin(age_s + at),
-                last_infer_ms=17.0 + 3.0 * math.sin(3 * age_s + at),
+                chunk_hz=24.0 + 0.4 * math.sin(age_s + at),
+                last_infer_ms=160.0 + 12.0 * math.sin(3 * age_s + at),
                 last_seq=num_chunks,
-                context_version=num_chunks,
+                context_version=self._num_launches.get(key, 0),
                 num_pages=PAGES_PER_SESSION,
+                in_flight=tuple(
+                    request for request, (owner, _) in self._cursors.items() if owner == key
+                ),
+                execution=Execution.NAIVE if at == 3 else Execution.PREFIX,
             )
             for at, key in self._open()
         )
@@ -143,43 +160,88 @@ class ScriptedService:
             num_results=num_chunks * len(sessions),
             num_errors=0,
             num_cancelled=0,
+            pace=PaceStats(
+                degree=DEGREE,
+                reason=REASON,
+                max_age_ms=250.0,
+                forecasts=tuple(
+                    DegreeStats(degree=degree, rate_hz=rate_hz, latency_ms=latency_ms)
+                    for degree, rate_hz, latency_ms in FORECASTS
+                ),
+            ),
+            rung="10 flow steps, two views",
         )
 
     def _open(self) -> list[tuple[int, SessionId]]:
         return [(int(key.rpartition("-")[2]), key) for key in self._prompts]
 
     def _step(self, step: int) -> StepRecord:
+        """Those whose turn it is perceive and launch a chunk; all chunks under way advance by one flow step."""
         start_s = self._start_s + step * STEP_PERIOD_S
-        keys = [key for _, key in self._open()]
-        num_rows = max(1, (step * 7) % (len(keys) + 1))
-        sorts = [("denoise", SpanKind.DENOISE, num_rows, 5, 6200.0)]
-        if step % 2 == 0:
-            sorts.insert(0, ("vision", SpanKind.ENCODE, 1 + step % 2, 2, 3800.0))
-            sorts.insert(1, ("trunk", SpanKind.PREFILL, 1 + step % 2, 80, 4600.0))
-        pieces, at_s = [], start_s + 0.0002
+        open_ = {key for _, key in self._open()}
+        self._cursors = {
+            request: (key, cursor)
+            for request, (key, cursor) in self._cursors.items()
+            if key in open_ and cursor < SPEC.num_flow_steps
+        }
+        launched = [key for at, key in self._open() if (step + at) % STEPS_BETWEEN == 0]
+        new = []
+        for key in launched:
+            self._num_launches[key] = self._num_launches.get(key, 0) + 1
+            request = RequestId(self._next_request)
+            self._next_request += 1
+            self._cursors[request] = (key, 0)
+            new.append(self._row(request, 0, 1))
+        pieces: list[PieceRecord] = []
+        at_s = start_s + 0.0002
+        flow = [self._row(request, cursor, 1) for request, (_, cursor) in self._cursors.items()]
+        sorts = (
+            ("vision", SpanKind.ENCODE, new, 2, 1700.0),
+            ("trunk", SpanKind.PREFILL, new, 80, 1900.0),
+            ("denoise", SpanKind.DENOISE, flow, 1, 6200.0),
+        )
         for stage, kind, rows, units, run_us in sorts:
-            run_us *= 1 + 0.25 * math.sin(step * 1.7 + units)
+            if not rows:
+                continue
+            run_us *= 1 + 0.1 * math.sin(step * 1.7 + units)
             pieces.append(
                 PieceRecord(
                     model=SPEC.name,
                     stage=stage,
                     kind=kind,
                     lane=0,
-                    num_rows=rows,
+                    num_rows=len(rows),
                     num_units=units,
                     start_s=at_s,
                     run_us=run_us,
-                    sessions=tuple(keys[:rows]),
+                    rows=tuple(rows),
                 )
             )
             at_s += run_us * 1e-6
+        self._cursors = {
+            request: (key, cursor + 1) for request, (key, cursor) in self._cursors.items()
+        }
         return StepRecord(
             step=step,
             start_s=start_s,
             run_us=(at_s - start_s) * 1e6 + 350.0,
             budget_us=20_000,
-            num_waiting=step % 3,
+            num_waiting=len(self._cursors),
             pieces=tuple(pieces),
+        )
+
+    def _row(self, request: RequestId, cursor: int, num_units: int) -> RowRecord:
+        key, _ = self._cursors[request]
+        version = self._num_launches[key]
+        num_since = -(-cursor // STEPS_BETWEEN)
+        return RowRecord(
+            session_id=key,
+            request_id=request,
+            seq=version - num_since,
+            first_unit=cursor,
+            num_left=SPEC.num_flow_steps - cursor - num_units,
+            context_version=version,
+            context_seq=version,
         )
 
     def _pool(self, num_chunks: int) -> PoolStats:
@@ -231,6 +293,7 @@ class ScriptedRobot:
         self._is_stopping = threading.Event()
         self.is_watched, self._max_view_hz = False, 1.0
         self.num_views = 0
+        self.impairs: list[dict[str, Any]] = []
         self._thread = threading.Thread(target=self._run, name=f"robot-{at}", daemon=True)
         self._thread.start()
 
@@ -255,6 +318,7 @@ class ScriptedRobot:
             "task": task,
             "prompt": prompt,
             "control_hz": 20.0,
+            "can_impair": self._at != 2,
         }
         socket.send(encode({"hello": hello}))
         start_s, view_s = time.monotonic(), 0.0
@@ -276,6 +340,9 @@ class ScriptedRobot:
             except TimeoutError:
                 return
             assert "error" not in message, message
+            if message.get("type") == "impair":
+                self.impairs.append(message)
+                continue
             self.is_watched, self._max_view_hz = message["watch"], message["max_view_hz"]
 
     def _telemetry(self, age_s: float) -> dict[str, Any]:

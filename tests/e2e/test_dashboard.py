@@ -1,9 +1,11 @@
 """The dashboard as an operator meets it: headless Chromium against a real server and scripted arms."""
 
+import re
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import pytest
 
@@ -18,7 +20,7 @@ from ganglion.serve.dashboard.routes import SIDE_PATH
 from ganglion.types import OverridePrompt
 from ganglion.wire import decode, encode
 from tests.e2e.dashboard_camera import CHROMIUM, WHY_ABSENT, chromium
-from tests.e2e.dashboard_stage import ScriptedRobot, Stage, session_id
+from tests.e2e.dashboard_stage import REASON, ScriptedRobot, Stage, session_id
 from tests.side_messages import hello, telemetry
 
 needs_chromium = pytest.mark.skipif(not CHROMIUM.exists(), reason=WHY_ABSENT)
@@ -27,6 +29,22 @@ needs_chromium = pytest.mark.skipif(not CHROMIUM.exists(), reason=WHY_ABSENT)
 COUNT_COLOURS = """canvas => {
   const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
   return new Set(new Uint32Array(data.buffer)).size;
+}"""
+# What sticks out of the window, of its card or of its panel; what is cut off on purpose ends in an ellipsis.
+OVERFLOWS = """() => {
+  const out = [];
+  if (document.documentElement.scrollWidth > innerWidth) out.push("page");
+  for (const box of document.querySelectorAll(".arm, .arm-link, .arm-lanes, .arm-body, .pace, .panel, .bar")) {
+    const outer = box.getBoundingClientRect();
+    for (const each of box.querySelectorAll("*")) {
+      const inner = each.getBoundingClientRect();
+      if (!inner.width || each.closest(".arm-view, .only-read")) continue;
+      if (inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1 || inner.left < outer.left - 1) {
+        out.push(`${box.className}: ${each.tagName}.${each.className}`);
+      }
+    }
+  }
+  return out;
 }"""
 PIXELS = "canvas => canvas.toDataURL()"
 
@@ -72,6 +90,14 @@ def visit(browser: Browser, stage: Stage) -> Iterator[Visit]:
     made.page.close()
 
 
+def await_impair(robot: ScriptedRobot, wish: dict[str, Any]) -> None:
+    clock, pause = RealClock(), threading.Event()
+    limit_s = clock.now_s() + 10
+    while robot.impairs[-1:] != [wish] and clock.now_s() < limit_s:
+        pause.wait(0.05)
+    assert robot.impairs[-1] == wish
+
+
 @needs_chromium
 def test_every_arm_is_drawn_without_a_complaint(visit: Visit) -> None:
     page = visit.page
@@ -79,7 +105,7 @@ def test_every_arm_is_drawn_without_a_complaint(visit: Visit) -> None:
     expect(page.locator(".arm-name")).to_have_text(["arm-1", "arm-2", "arm-3"])
     expect(page.locator("#link")).to_have_text("serving")
     expect(page.locator("#policy")).to_contain_text("metaworld-ten")
-    for selector in (".arm-view canvas", ".queue", "#pool", "#timeline", "#budget"):
+    for selector in (".arm-view canvas", ".queue", ".lanes", "#pool", "#timeline", "#budget"):
         for canvas in page.locator(selector).all():
             assert canvas.evaluate(COUNT_COLOURS) > 5, selector
     expect(page.locator("#pool-legend")).to_contain_text("kv")
@@ -92,7 +118,7 @@ def test_every_arm_is_drawn_without_a_complaint(visit: Visit) -> None:
 
 @needs_chromium
 def test_views_queue_and_timeline_move(visit: Visit) -> None:
-    for selector in (".arm-view canvas", ".queue", "#timeline"):
+    for selector in (".arm-view canvas", ".queue", ".lanes", "#timeline"):
         canvas = visit.page.locator(selector).first
         before = canvas.evaluate(PIXELS)
         visit.page.wait_for_function(
@@ -201,15 +227,103 @@ def test_robots_render_only_while_somebody_looks(browser: Browser, stage: Stage)
 @needs_chromium
 def test_hovering_explains_pages_and_steps(visit: Visit) -> None:
     page = visit.page
-    box = page.locator("#pool").bounding_box()
-    assert box is not None
-    page.mouse.move(box["x"] + 16, box["y"] + 16)
+    page.locator("#pool").hover(position={"x": 16, "y": 16})
     expect(page.locator("#tip")).to_contain_text("kv page")
     expect(page.locator("#tip")).to_contain_text("shared")
     box = page.locator("#budget").bounding_box()
     assert box is not None
-    page.mouse.move(box["x"] + box["width"] - 4, box["y"] + 20)
+    page.locator("#budget").hover(position={"x": box["width"] - 4, "y": 20})
     expect(page.locator("#tip")).to_contain_text("budget")
+
+
+@needs_chromium
+def test_the_degree_and_its_reason_are_shown(visit: Visit) -> None:
+    page = visit.page
+    expect(page.locator("#pace [data-part=degree]")).to_have_text("4")
+    expect(page.locator("#pace [data-part=why]")).to_have_text(REASON)
+    for chart in ("rate", "latency"):
+        bars = page.locator(f"#pace [data-part={chart}] li")
+        expect(bars).to_have_count(6)
+        expect(page.locator(f"#pace [data-part={chart}] .is-chosen small")).to_have_text("4")
+        expect(page.locator(f"#pace [data-part={chart}] .is-barred small")).to_have_text("6")
+        high = [bar.evaluate("each => each.querySelector('i').clientHeight") for bar in bars.all()]
+        assert high == sorted(high)
+        assert high[0] < high[-1]
+    expect(page.locator("#pace [data-part=facts]")).to_contain_text("10 flow steps, two views")
+
+
+@needs_chromium
+def test_chunks_of_one_arm_overlap_and_say_what_they_read(visit: Visit) -> None:
+    page = visit.page
+    arm = page.locator(".arm").nth(1)
+    expect(arm.locator(".chip")).to_have_text("prefix")
+    expect(arm.locator(".arm-lanes .queue-caption")).to_contain_text(re.compile(r"[34] of 4"))
+    expect(arm.locator(".arm-lanes .queue-caption")).to_contain_text(re.compile(r"context v\d+"))
+    lanes = arm.locator(".lanes")
+    box = lanes.bounding_box()
+    assert box is not None
+    tip = page.locator("#tip")
+    requests = set()
+    for row in range(4):  # chunks that are drawn above each other
+        for x in range(4, int(box["width"]), 9):
+            lanes.hover(position={"x": x, "y": box["height"] * (row + 0.5) / 4})
+            if tip.is_visible():
+                requests.add(tip.locator("h3").inner_text())
+                break
+    assert len(requests) == 4
+    assert all(each.startswith("Chunk ") and each.endswith("arm-2") for each in requests)
+    expect(tip).to_contain_text("context versions read")
+    expect(tip).to_contain_text("\u2192")  # it went over to a newer one
+
+
+@needs_chromium
+def test_sliders_disturb_and_mend_the_link_of_one_arm(visit: Visit, stage: Stage) -> None:
+    arm, robot = visit.page.locator(".arm").first, stage.robots[0]
+    arm.get_by_label("Delay").fill("250")
+    arm.get_by_label("Loss").fill("20")
+    expect(arm.locator(".arm-link")).to_contain_text("Link \u00b7 disturbed")
+    expect(arm.locator(".arm-link output")).to_have_text(["250 ms", "\u00b10 ms", "20%"])
+    wish = {"type": "impair", "delay_ms": 250.0, "jitter_ms": 0.0, "loss": 0.2}
+    await_impair(robot, wish)
+    arm.get_by_role("button", name="Mend").click()
+    await_impair(robot, {"type": "impair", "delay_ms": 0.0, "jitter_ms": 0.0, "loss": 0.0})
+    expect(arm.get_by_label("Delay")).to_have_value("0")
+    expect(arm.get_by_role("button", name="Mend")).to_be_hidden()
+    assert stage.robots[1].impairs == []
+    assert visit.complaints == []
+
+
+@needs_chromium
+def test_every_browser_sees_a_disturbed_link(browser: Browser, visit: Visit, stage: Stage) -> None:
+    visit.page.locator(".arm").first.get_by_label("Jitter").fill("80")
+    other = Visit(browser, stage.url)
+    expect(other.page.locator(".arm").first.locator("output").nth(1)).to_have_text("\u00b180 ms")
+    other.page.close()
+
+
+@needs_chromium
+def test_the_link_of_an_arm_that_cannot_stays_as_it_is(visit: Visit) -> None:
+    link = visit.page.locator(".arm").nth(2).locator(".arm-link")
+    expect(link).to_contain_text("fixed")
+    for slider in link.locator("input").all():
+        expect(slider).to_be_disabled()
+
+
+@needs_chromium
+@pytest.mark.parametrize("theme", ["dark", "light"])
+@pytest.mark.parametrize("num_arms", [4, 16])
+def test_nothing_runs_over_its_edge(
+    browser: Browser, num_arms: int, theme: Literal["dark", "light"]
+) -> None:
+    with Stage(num_arms=num_arms) as stage:
+        page = browser.new_page(color_scheme=theme)
+        page.goto(stage.url)
+        expect(page.locator(".arm")).to_have_count(num_arms)
+        for width, height in ((1920, 1080), (1440, 900), (1024, 768), (390, 844)):
+            page.set_viewport_size({"width": width, "height": height})
+            page.wait_for_timeout(250)
+            assert page.evaluate(OVERFLOWS) == [], (width, height)
+        page.close()
 
 
 def test_the_page_forbids_everything_foreign(stage: Stage) -> None:

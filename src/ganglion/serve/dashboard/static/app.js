@@ -1,9 +1,11 @@
 // The page's composition root: one feed, the cards, the engine's two panels, the header.
 
 import { Arms } from "./arms.js";
+import { Chunks } from "./chunks.js";
 import { setText, setValue } from "./dom.js";
 import { Feed } from "./feed.js";
 import { count, DASH, duration, fixed, millis, percent } from "./format.js";
+import { Pace } from "./pace.js";
 import { loadPalette } from "./palette.js";
 import { Pool } from "./pool.js";
 import { redrawAll } from "./surface.js";
@@ -20,7 +22,9 @@ matchMedia("(prefers-color-scheme: light)").addEventListener("change", () => {
   redrawAll();
 });
 
-const arms = new Arms(at("arms"), { order: (body) => feed.order(body), onHover: (session) => pool.light(session) });
+const chunks = new Chunks();
+const pace = new Pace(at("pace"));
+const arms = new Arms(at("arms"), { chunks, order: (body) => feed.order(body), onHover: (session) => pool.light(session) });
 const pool = new Pool(
   { canvas: at("pool"), facts: at("pool-facts"), legend: at("pool-legend"), share: at("pool-share") },
   (session) => {
@@ -43,6 +47,7 @@ at("run-command").textContent = `ganglion run --url ${location.origin.replace(/^
 
 function onHello({ policy, version }) {
   arms.clear();
+  chunks.clear();
   arms.policy = policy;
   const panel = at("policy");
   panel.hidden = false;
@@ -54,7 +59,9 @@ function onHello({ policy, version }) {
 function onState(state) {
   document.body.dataset.link = state.is_ready ? "open" : "waiting";
   setText(at("link").lastElementChild, state.is_ready ? "serving" : state.stage);
-  arms.show(state.arms);
+  const isMoving = chunks.note(state);
+  pace.show(state);
+  arms.show(state.arms, state.pace?.degree ?? 1, isMoving);
   at("engine").hidden = false;
   at("no-arms").hidden = state.arms.length > 0;
   timeline.show(state);

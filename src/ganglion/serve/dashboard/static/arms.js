@@ -2,10 +2,21 @@
 
 import { element, setText, setValue } from "./dom.js";
 import { count, DASH, fixed, millis } from "./format.js";
+import { Lanes } from "./lanes.js";
+import { Link } from "./link.js";
 import { ownerColour } from "./palette.js";
 import { Queue } from "./queue.js";
 
 const MAX_AGE_MS = 250; // older than this an action counts as missed
+const EXECUTIONS = {
+  sync: "stands still until the chunk of its newest observation is there",
+  naive: "runs the newest chunk, each action at its own tick",
+  blend: "averages overlapping chunks",
+  rtc: "new chunks are guided to the one that runs",
+  "rtc-identity": "new chunks are guided to the one that runs, without the network's Jacobian",
+  prefix: "new chunks begin with the actions that run anyway",
+  rolled: "new chunks begin where the arm will be when they arrive",
+};
 
 class Arm {
   #order;
@@ -17,11 +28,13 @@ class Arm {
   #isSeen = true;
   #hasView = false;
 
-  constructor(card, order, onHover) {
+  constructor(card, { chunks, order, onHover }) {
     this.#order = order;
     this.card = card;
+    this.link = new Link(card, (impair) => order({ impair: { session_id: this.sessionId, ...impair } }));
     this.#build(card);
     this.queue = new Queue(this.parts.queue);
+    this.lanes = new Lanes(this.parts.lanes, card, chunks);
     this.seen = new IntersectionObserver(([entry]) => {
       this.#isSeen = entry.isIntersecting;
     });
@@ -37,6 +50,7 @@ class Arm {
       solved: element("span", { class: "arm-solved" }, "\u2713 solved"),
       name: element("span", { class: "arm-name" }),
       task: element("span", { class: "arm-task" }),
+      execution: element("span", { class: "chip" }),
       score: element("span", { class: "arm-score" }),
       text: element("input", {
         class: "order-text", id: `order-${card}`, spellcheck: "false", autocomplete: "off", enterkeyhint: "send",
@@ -47,6 +61,8 @@ class Arm {
       queue: element("canvas", { class: "queue", role: "img", "aria-label": "queue of actions" }),
       left: element("span"),
       ahead: element("span"),
+      lanes: element("canvas", { class: "lanes", role: "img", "aria-label": "chunks under way" }),
+      context: element("span"),
     };
     const gauges = element("dl", { class: "gauges" });
     this.gauges = {};
@@ -74,10 +90,17 @@ class Arm {
       element(
         "div",
         { class: "arm-body" },
-        element("div", { class: "arm-head" }, element("i", { class: "arm-dot" }), parts.name, parts.task, parts.score),
+        element("div", { class: "arm-head" }, element("i", { class: "arm-dot" }), parts.name, parts.execution, parts.task, parts.score),
         form,
         gauges,
         element("div", { class: "queue-box" }, element("div", { class: "queue-caption" }, parts.left, parts.ahead), parts.queue),
+      ),
+      this.link.root,
+      element(
+        "div",
+        { class: "arm-lanes" },
+        element("div", { class: "queue-caption" }, element("span", {}, "Chunks under way"), parts.context),
+        parts.lanes,
       ),
     );
     this.root.dataset.card = card;
@@ -94,7 +117,7 @@ class Arm {
     parts.giveBack.addEventListener("click", () => this.#send({ clear_prompt: { session_id: this.sessionId } }));
   }
 
-  show(state) {
+  show(state, degree, isMoving) {
     const isNew = this.#state === null;
     this.#state = state;
     this.sessionId = state.session_id;
@@ -112,6 +135,8 @@ class Arm {
     this.parts.blank.hidden = this.#hasView;
     this.#showGauges(session, robot, told);
     this.#showQueue(robot, told);
+    this.#showLanes(session, degree, isMoving);
+    this.link.show(robot?.impair ?? null);
     this.#showOrder();
   }
 
@@ -134,6 +159,15 @@ class Arm {
     setText(this.parts.ahead, told ? (numLeft ? `${numLeft} left${seconds}` : "dry, holding") : "");
     this.parts.ahead.classList.toggle("is-dry", Boolean(told) && numLeft === 0);
     if (told) this.queue.show(told.tick, told.queue);
+  }
+
+  #showLanes(session, degree, isMoving) {
+    const { execution, context } = this.parts;
+    execution.hidden = !session;
+    setText(execution, session?.execution ?? "");
+    execution.title = EXECUTIONS[session?.execution] ?? "";
+    setText(context, session ? `${session.in_flight.length} of ${degree} \u00b7 context v${session.context_version}` : "");
+    if (isMoving && this.#isSeen) this.lanes.show(this.parts.name.textContent, degree);
   }
 
   #showOrder() {
@@ -227,6 +261,7 @@ class Arm {
   close() {
     this.seen.disconnect();
     this.queue.close();
+    this.lanes.close();
     this.root.remove();
   }
 }
@@ -235,9 +270,9 @@ export class Arms {
   #arms = new Map();
   #policy = null;
 
-  constructor(grid, { order, onHover }) {
+  constructor(grid, links) {
     this.grid = grid;
-    this.make = (card) => new Arm(card, order, onHover);
+    this.make = (card) => new Arm(card, links);
   }
 
   set policy(policy) {
@@ -245,7 +280,7 @@ export class Arms {
     for (const arm of this.#arms.values()) arm.queue.policy = policy;
   }
 
-  show(states) {
+  show(states, degree, isMoving) {
     const cards = new Set(states.map((state) => state.card));
     for (const [card, arm] of this.#arms) {
       if (cards.has(card)) continue;
@@ -260,7 +295,7 @@ export class Arms {
         this.grid.append(arm.root);
         if (this.#policy) arm.queue.policy = this.#policy;
       }
-      arm.show(state);
+      arm.show(state, degree, isMoving);
     }
   }
 

@@ -6,6 +6,7 @@ const NAMES = [
 ];
 // What a span computes ends up in pages of one kind: they share a colour.
 const KIND_OF_PAGE = { feature: "encode", kv: "prefill", state: "denoise" };
+const NUM_VERSION_COLOURS = 4; // of the lines' colours: neighbours differ
 const OWNER_HUES = [205, 28, 332, 95, 268, 50, 175, 0, 240, 130, 300, 15];
 
 export const palette = {};
@@ -17,6 +18,8 @@ export function loadPalette() {
 
 export const spanColour = (kind) => palette[kind] ?? palette.other;
 export const pageColour = (kind) => palette[KIND_OF_PAGE[kind]] ?? palette.other;
+
+export const versionColour = (version) => palette[`dim-${version % NUM_VERSION_COLOURS}`];
 
 export function ownerColour(card) {
   const isLight = matchMedia("(prefers-color-scheme: light)").matches;

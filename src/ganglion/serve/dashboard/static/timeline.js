@@ -15,6 +15,7 @@ const BLANK_SHARE = 0.05; // of the window, ahead of the beam
 const AXIS_PX = 18;
 const LABEL_PX = 46;
 const MIN_UPRIGHT_PX = 10; // narrower pieces get no label at all
+const MAX_NAMES = 16;
 const KINDS = ["encode", "prefill", "denoise"];
 
 export class Timeline {
@@ -51,7 +52,7 @@ export class Timeline {
     for (const step of steps) {
       for (const piece of step.pieces) this.#numLanes = Math.max(this.#numLanes, piece.lane + 1);
     }
-    this.#nameOf = new Map(arms.map((arm) => [arm.session_id, arm.session?.robot_id ?? arm.robot.robot_id]));
+    this.#nameOf = new Map(arms.map((arm) => [arm.card, arm.session?.robot_id ?? arm.robot.robot_id]));
     if (isMoving) this.surface.redraw();
     if (steps.length) this.budget.redraw();
     this.#showFacts(steps.at(-1) ?? this.#steps.at(-1));
@@ -214,8 +215,8 @@ export class Timeline {
       showTip(canvas, event, `Step ${count(step.step)}`, rows);
       return;
     }
-    const names = piece.sessions.map((id) => this.#nameOf.get(id) ?? id);
-    if (piece.num_sessions > names.length) names.push(`and ${piece.num_sessions - names.length} more`);
+    const names = [...new Set(piece.rows.map(([card]) => this.#nameOf.get(card) ?? "a closed session"))];
+    if (names.length > MAX_NAMES) names.splice(MAX_NAMES, names.length, `and ${names.length - MAX_NAMES} more`);
     showTip(canvas, event, `${piece.stage} \u00b7 ${piece.kind}`, [
       ["rows \u00d7 units", `${piece.num_rows} \u00d7 ${piece.num_units}`],
       ["run", micros(piece.run_us)],
