@@ -45,9 +45,10 @@ Server -> robot
     {"type": "impair", "delay_ms": float, "jitter_ms": float, "loss": float}
                                              only to a robot that can: make your own link to the
                                              server this bad from now on, until the next one or
-                                             until this connection ends. Each way: delay_ms +- up to
-                                             jitter_ms late (0..5000 both), and a share `loss`
-                                             (0..1) of the messages is lost. All zero: as it is
+                                             until this connection ends. delay_ms are added to the
+                                             round trip, half on each way, and up to jitter_ms more
+                                             (0..2000 both); on either way a share `loss` (0..1) of
+                                             the messages is lost. All zero: as it is
     {"error": {"code": str, "message": str, "next_step": str}}
                                              the message before was refused; the connection
                                              lives on, except after a refused hello

@@ -17,7 +17,7 @@ MAX_MESSAGE_BYTES = MAX_JPEG_BYTES + 32 * KIB
 MAX_VIEW_HZ = 10.0
 MAX_QUEUE_ROWS = 64
 MAX_ACTION_DIM = 32
-MAX_IMPAIR_MS = 5000.0  # of a link's added delay, and of its jitter
+MAX_IMPAIR_MS = 2000.0  # of a link's added delay, and of its jitter
 MAX_COUNT = 2**53  # integers that a browser's numbers hold exactly
 
 Message = Mapping[Any, Any]
@@ -71,7 +71,11 @@ class Watch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Impair:
-    """How bad a robot is asked to make its own link to the server, each way; all zero: as it is."""
+    """How bad a robot is asked to make its own link to the server; all zero: as it is.
+
+    Milliseconds are of the round trip, half of them on each way; jitter is up to so much more, drawn anew for each
+    message. `loss`: share of the messages, on either way, that never arrive.
+    """
 
     delay_ms: float = 0.0
     jitter_ms: float = 0.0

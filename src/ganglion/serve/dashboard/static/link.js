@@ -3,9 +3,9 @@
 import { element, setText } from "./dom.js";
 
 const SLIDERS = [
-  { key: "delay_ms", name: "Delay", most: 1000, step: 10, say: (value) => `${value} ms`, title: "added to every message, each way" },
-  { key: "jitter_ms", name: "Jitter", most: 500, step: 10, say: (value) => `\u00b1${value} ms`, title: "random part of the delay, each way" },
-  { key: "loss", name: "Loss", most: 50, step: 1, say: (value) => `${value}%`, title: "share of the messages that never arrive, each way" },
+  { key: "delay_ms", name: "Delay", most: 1000, step: 10, say: (value) => `${value} ms`, title: "added to the round trip, half on each way" },
+  { key: "jitter_ms", name: "Jitter", most: 500, step: 10, say: (value) => `+${value} ms`, title: "up to so much more, drawn anew for each message" },
+  { key: "loss", name: "Loss", most: 50, step: 1, say: (value) => `${value}%`, title: "share of the messages that never arrive, on either way" },
 ];
 const toSlider = (key, value) => (key === "loss" ? Math.round(value * 100) : value);
 const fromSlider = (key, value) => (key === "loss" ? value / 100 : value);
