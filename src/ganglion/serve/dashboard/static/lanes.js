@@ -7,8 +7,7 @@ import { Surface } from "./surface.js";
 import { hideTip, showTip } from "./tip.js";
 
 const BLANK_SHARE = 0.05;
-const MIN_ROWS = 2;
-const MAX_ROW_PX = 18;
+const MAX_ROW_PX = 26;
 const STRIPE_PX = 3;
 const MARK_PX = 3;
 const MIN_SEGMENT_PX = 3; // narrower flow steps are not set apart
@@ -39,7 +38,7 @@ export class Lanes {
     const { nowS, windowS } = this.#chunks;
     const oldestS = nowS - windowS * (1 - BLANK_SHARE);
     const shown = this.#chunks.of(this.#card).filter((chunk) => chunk.endS > oldestS);
-    const numRows = Math.max(MIN_ROWS, this.#degree, ...shown.map((chunk) => chunk.slot + 1));
+    const numRows = Math.max(1, this.#degree, ...shown.map((chunk) => chunk.slot + 1));
     const high = Math.min(MAX_ROW_PX, height / numRows);
     const top = (height - numRows * high) / 2;
     const view = { pen, width, high, oldestS, nowS, windowS };

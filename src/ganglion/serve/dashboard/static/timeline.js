@@ -183,10 +183,10 @@ export class Timeline {
     pen.globalAlpha = 1;
     this.budget.font(10.5);
     pen.textBaseline = "middle";
-    pen.fillStyle = palette.faint;
-    pen.fillText("run time", 0, height - 7);
-    if (!budgetUs) return;
     const budgetY = height - toHigh(budgetUs);
+    pen.fillStyle = palette.faint;
+    if (budgetY < height - 20) pen.fillText("run time", 0, height - 7);
+    if (!budgetUs) return;
     pen.strokeStyle = palette.warn;
     pen.setLineDash([4, 3]);
     pen.beginPath();
@@ -195,7 +195,7 @@ export class Timeline {
     pen.stroke();
     pen.setLineDash([]);
     pen.fillStyle = palette.warn;
-    pen.fillText(micros(budgetUs), 0, Math.max(6, budgetY));
+    pen.fillText(micros(budgetUs), 0, Math.min(height - 6, Math.max(6, budgetY)));
   }
 
   #hover(canvas, boxes) {
