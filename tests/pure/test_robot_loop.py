@@ -11,6 +11,7 @@ from ganglion.errors import ErrorCode, FieldError
 from ganglion.robots.catalog import METAWORLD_ARM, PUSHT_ARM, Arm
 from ganglion.robots.episode import EpisodePlan, EpisodeResult
 from ganglion.robots.fleet import own_episodes, shared_episodes
+from ganglion.robots.impairment import Impairment, Road
 from ganglion.robots.link import Answered
 from ganglion.robots.loop import (
     LoopConfig,
@@ -20,8 +21,8 @@ from ganglion.robots.loop import (
     SafeStoppedError,
     check_policy_fits,
 )
-from ganglion.robots.queue import Mode
-from ganglion.types import Timing
+from ganglion.robots.queue import Embodiment, Mode, QueueConfig
+from ganglion.types import Execution, Timing
 
 PERIOD_S = 0.05
 NO_TIME = Timing(queue_ms=0.0, perceive_ms=0.0, generate_ms=0.0, wait_ms=0.0, infer_ms=0.0)
@@ -73,13 +74,22 @@ class StageLink:
 
     def __init__(self, clock, *, latency_s: float = 0.03) -> None:
         self.clock, self.latency_s = clock, latency_s
-        self.metadata = METADATA
+        self.metadata: dict = METADATA
+        self.road = Road("arm")
+        self.newest_context = (
+            False  # chunks rest on the newest observation there is when they leave
+        )
         self.silent_s = (1e9, 1e9)
         self.broken_s = (1e9, 1e9)  # chunks of observations between them are NaN
         self.drops: set[int] = set()  # observations that are lost with their connection
         self.sent: list[dict] = []
         self.fails: dict[int, ErrorCode] = {}
         self._on_air: list[tuple[float, object]] = []
+
+    @property
+    def oldest_tick(self):
+        ticks = [answer.sent.tick for _, answer in self._on_air if isinstance(answer, Answered)]
+        return min(ticks, default=None)
 
     @property
     def num_in_flight(self) -> int:
@@ -90,7 +100,7 @@ class StageLink:
 
     def send(self, observation, *, sent, prompt, **hints) -> bool:
         index = len(self.sent)
-        self.sent.append({"sent": sent, "prompt": prompt, **hints})
+        self.sent.append({"sent": sent, "prompt": prompt, "state": observation["state"], **hints})
         now_s = self.clock.now_s()
         if self.silent_s[0] <= now_s < self.silent_s[1]:
             return True
@@ -100,10 +110,12 @@ class StageLink:
         if index in self.fails:
             answer = ReplyError("no", code=self.fails[index], seq=index)
         else:
-            reply = self._reply(index, sent.tick)
+            reply = self._reply(index, hints["executed_until"])
             if self.broken_s[0] <= now_s < self.broken_s[1]:
                 reply.actions.fill(np.nan)
-            answer = Answered(sent=sent, reply=reply)
+            answer = Answered(
+                sent=sent, context=sent, reply=reply, round_trip_ms=self.latency_s * 1e3
+            )
         self._on_air.append((now_s + self.latency_s, answer))
         return True
 
@@ -112,16 +124,23 @@ class StageLink:
         if self._on_air and self._on_air[0][0] <= end_s + 1e-12:
             arrival_s, answer = self._on_air.pop(0)
             self.clock.sleep_until(arrival_s)
+            if self.newest_context and isinstance(answer, Answered):
+                return self._on_newest(answer)
             return answer
         self.clock.sleep_until(end_s)
         return None
+
+    def _on_newest(self, answer: Answered) -> Answered:
+        context = self.sent[-1]["sent"]
+        reply = replace(self._reply(answer.reply.seq, context.tick), context_seq=len(self.sent) - 1)
+        return replace(answer, context=context, reply=reply)
 
     def _reply(self, seq: int, tick: int) -> Reply:
         actions = np.zeros((40, 4), np.float32)
         actions[:, 0] = (tick + np.arange(40)) / 1000  # says which tick it is for
         actions[:, 3] = 1.0
         return Reply(
-            seq=seq, actions=actions, obs_time_ns=0, session_id="s", prompt="do it",
+            seq=seq, context_seq=seq, actions=actions, obs_time_ns=0, session_id="s", prompt="do it",
             is_prompt_overridden=False, is_deadline_met=True, model_version="v1", context_version=0,
             batch_size=1, timing=NO_TIME, server_ms=1.0, round_trip_ms=self.latency_s * 1e3,
         )  # fmt: skip
@@ -269,12 +288,184 @@ def test_lockstep_waits_for_every_chunk_and_uses_it_a_tick_later():
 
 
 def test_lockstep_uses_no_chunk_of_before_a_reconnect():
-    stage = Stage(pace=Pace.LOCKSTEP, latency_s=0.02, delay_ticks=3)
+    patient = QueueConfig(safe_stop_s=2.0)
+    stage = Stage(pace=Pace.LOCKSTEP, latency_s=0.02, delay_ticks=4, queue=patient)
     stage.link.drops = {2}  # sent at tick 4, while the chunk of tick 1 is still to be used
     result = stage.run()
     assert result.num_reconnects == 1
     assert stage.loop.counts.outdated == 1
     assert (result.num_ticks, result.num_holds) == (60, 0)
+
+
+FLOW = METADATA | {
+    "horizon": 40,
+    "max_prefix": 4,
+    "executions": [execution.value for execution in Execution],
+}
+
+
+def delayed(execution: Execution | None, delay_ticks: int, **config) -> Stage:
+    """Lockstep with a chunk that comes so late, a server that can do everything, and a patient arm."""
+    config = {"queue": QueueConfig(safe_stop_s=10.0, max_age_s=10.0), **config}
+    stage = Stage(pace=Pace.LOCKSTEP, execution=execution, delay_ticks=delay_ticks, **config)
+    stage.link.metadata = FLOW
+    return stage
+
+
+def rows_run(stage: Stage) -> list[int]:
+    """Which tick each applied action was made for; 0 while holding."""
+    return [round(action[0] * 1000) for _, action in stage.world.applied]
+
+
+@pytest.mark.parametrize("delay_ticks", [0, 1, 5, 12, 20])
+@pytest.mark.parametrize("execution", [e for e in Execution if e is not Execution.SYNC])
+def test_every_row_runs_at_its_own_tick_whatever_the_delay(execution, delay_ticks):
+    stage = delayed(execution, delay_ticks)
+    result = stage.run()
+    assert rows_run(stage) == list(range(60))
+    assert (result.num_holds, result.execution) == (0, execution.value)
+    first, *rest = stage.link.sent
+    assert {sent["execution"] for sent in stage.link.sent} == {execution.value}
+    assert first["executed_until"] == 0
+    assert "action_prefix" not in first, (
+        "the world waits for the first chunk: nothing runs meanwhile"
+    )
+    assert len(rest) == 20, "an observation every third tick, however many are under way"
+
+
+def test_prefix_says_what_runs_before_any_chunk_can_change_it():
+    stage = delayed(None, 8)
+    stage.run()
+    assert stage.loop.execution is Execution.PREFIX, "the policy continues prefixes"
+    second, third = stage.link.sent[1:3]
+    assert (second["executed_until"], second["inference_delay_hint"]) == (1, 8)
+    assert second["action_prefix"][:, 0] == pytest.approx(
+        [0.001, 0.002, 0.003, 0.004]
+    )  # max_prefix
+    steady = stage.link.sent[10]
+    tick = steady["executed_until"]
+    # observations of every third tick are under way; the oldest's chunk is there two ticks from now
+    assert steady["action_prefix"][:, 0] == pytest.approx([tick / 1000, (tick + 1) / 1000])
+    assert third["sent"].tick == 4
+
+
+def test_rtc_without_a_trained_prefix_tells_where_it_is_and_the_delay():
+    stage = delayed(Execution.RTC, 5)
+    stage.link.metadata = FLOW | {"max_prefix": 0}
+    stage.run()
+    hints = stage.link.sent[4]
+    assert "action_prefix" not in hints
+    assert (hints["executed_until"], hints["inference_delay_hint"]) == (10, 5)
+
+
+@pytest.mark.parametrize("delay_ticks", [0, 1, 4])
+def test_sync_stands_still_until_the_chunk_of_its_newest_observation(delay_ticks):
+    stage = delayed(Execution.SYNC, delay_ticks)
+    stage.run()
+    runs = rows_run(stage)
+    # three rows from the first on, then as many held ticks as the chunk takes
+    at, expected = 0, []
+    while len(expected) < 60:
+        expected += [at, at + 1, at + 2]
+        at = len(expected)
+        expected += [0] * delay_ticks
+    assert runs == expected[:60]
+    assert {hints["executed_until"] - hints["sent"].tick for hints in stage.link.sent} == {0}
+
+
+def test_one_at_a_time_observes_again_when_the_chunk_is_there():
+    stage = delayed(Execution.NAIVE, 8, max_in_flight=1)
+    stage.run()
+    ticks = [hints["sent"].tick for hints in stage.link.sent]
+    assert np.diff(ticks[1:]).tolist() == [8] * (len(ticks) - 2)
+
+
+def test_rolled_sends_the_state_of_the_tick_at_which_its_chunk_runs():
+    stage = delayed(Execution.ROLLED, 6)
+    stage.run()
+    for hints in stage.link.sent[1:]:
+        tick = hints["sent"].tick
+        assert hints["executed_until"] == hints["sent"].first_tick == tick + 6
+        assert "action_prefix" not in hints
+        # the hand moves by a hundredth of each action, here tick / 1000
+        moved = sum(range(tick, tick + 6)) * 1e-5
+        assert hints["state"][0] == pytest.approx(moved, rel=1e-4)
+
+
+def test_a_rolled_tick_never_goes_back():
+    stage = delayed(Execution.ROLLED, 2)
+    stage.link.road.impairment = Impairment(jitter_ms=600.0)
+    stage.run()
+    ticks = [hints["executed_until"] for hints in stage.link.sent]
+    assert ticks == sorted(ticks)
+    assert max(np.diff(ticks)) > 3, "the forecast follows what was measured"
+
+
+def test_blend_averages_overlapping_rows():
+    stage = delayed(Execution.BLEND, 1)
+    reply = stage.link._reply
+    # every chunk wants one value all along: its number
+    stage.link._reply = lambda seq, tick: replace(
+        reply(seq, tick), actions=np.full((40, 4), seq / 100, np.float32)
+    )
+    stage.run()
+    value = 0.0
+    for index, (_, action) in enumerate(stage.world.applied):
+        if index >= 2 and (index - 2) % 3 == 0:
+            value = 0.3 * value + 0.7 * ((index - 2) // 3 + 1) / 100
+        assert action[0] == pytest.approx(value, abs=1e-6)
+
+
+def test_rows_belong_to_the_observation_that_the_chunk_rests_on():
+    stage = Stage(latency_s=0.4, execution=Execution.NAIVE)
+    stage.link.newest_context = True
+    result = stage.run()
+    assert rows_run(stage) == list(range(60))
+    assert max(result.ages_ms[20:]) < 250, "as young as the newest observation, not as the request"
+    stage = Stage(latency_s=0.4, execution=Execution.NAIVE)
+    assert max(stage.run().ages_ms[20:]) > 400
+
+
+@pytest.mark.parametrize("execution", list(Execution))
+def test_a_link_that_loses_and_delays_in_lockstep_repeats_exactly(execution):
+    def fly():
+        stage = delayed(execution, 2, max_ticks=200)
+        stage.link.road.impairment = Impairment(delay_ms=100.0, jitter_ms=300.0, loss=0.3)
+        result = stage.run()
+        return rows_run(stage), result.num_chunks, len(stage.link.sent)
+
+    rows, num_chunks, num_sent = fly()
+    assert (rows, num_chunks, num_sent) == fly()
+    assert num_chunks < num_sent < 67
+    if execution is not Execution.SYNC:
+        assert all(row in (0, tick) for tick, row in enumerate(rows))
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "field"),
+    [
+        ({"executions": ["naive"]}, {"execution": Execution.RTC}, "execution"),
+        ({"horizon": 8}, {"delay_ticks": 8}, "delay_ticks"),
+    ],
+)
+def test_what_the_policy_cannot_do_is_said_before_the_first_tick(changes, config, field):
+    stage = delayed(**{"execution": None, "delay_ticks": 1, **config})
+    stage.link.metadata = FLOW | changes
+    with pytest.raises(FieldError) as error:
+        stage.run()
+    assert error.value.field == field
+    assert stage.world.applied == []
+
+
+def test_rolled_needs_an_arm_whose_state_follows_its_actions():
+    body = replace(METAWORLD_ARM, motion=None)
+    assert isinstance(body, Embodiment)
+    stage = delayed(Execution.NAIVE, 1)
+    with pytest.raises(FieldError, match="StateMotion"):
+        RobotLoop(
+            stage.link, embodiment=body, clock=stage.clock,
+            config=LoopConfig(execution=Execution.ROLLED), should_stop=lambda: False,
+        )  # fmt: skip
 
 
 def watched(stage: Stage, cost_s: dict[int, float]) -> list[int]:
@@ -395,7 +586,7 @@ def test_shared_episodes_are_each_given_once_and_robots_rarely_change_worlds():
 
 
 @pytest.mark.parametrize(
-    "change", [{"rate_hz": 0.0}, {"max_ticks": 0}, {"pace": Pace.LOCKSTEP, "delay_ticks": 4}]
+    "change", [{"rate_hz": 0.0}, {"max_ticks": 0}, {"delay_ticks": -1}, {"max_in_flight": 0}]
 )
 def test_impossible_configs_are_refused(change):
     with pytest.raises(FieldError):

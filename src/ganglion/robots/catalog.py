@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ganglion.errors import FieldError
-from ganglion.robots.queue import ActionKind, Embodiment
+from ganglion.robots.queue import ActionKind, Embodiment, StateMotion
 from ganglion.robots.world import World
 from ganglion.types import Float32Array, UInt8Array
 
@@ -16,6 +16,12 @@ METAWORLD_ARM = Embodiment(
     action_low=(-1.0,) * 4,
     action_high=(1.0,) * 4,
     kept_dims=(3,),  # the gripper
+    # metres a tick, within the box that Meta-World keeps the hand in; an opening of 0..1 that closes under effort
+    motion=StateMotion(
+        per_action=(0.01, 0.01, 0.01, -0.06),
+        low=(-0.5, 0.4, 0.05, 0.0),
+        high=(0.5, 1.0, 0.5, 1.0),
+    ),
 )
 MAX_VIEW_PX = 480  # MuJoCo's own off-screen buffer is 640 x 480
 MOVING_WORLDS = {

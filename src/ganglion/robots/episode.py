@@ -36,6 +36,7 @@ class EpisodeResult:
     task: str
     seed: int
     prompt: str
+    execution: str = ""  # how its chunks were executed: a name of `types.Execution`
     is_success: bool = False
     success_tick: int | None = None
     num_ticks: int = 0

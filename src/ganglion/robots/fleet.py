@@ -25,6 +25,7 @@ from ganglion.clock import Clock, RealClock
 from ganglion.errors import FieldError
 from ganglion.robots.catalog import check_world
 from ganglion.robots.episode import EpisodePlan, EpisodeResult
+from ganglion.robots.impairment import Impairment
 from ganglion.robots.loop import LoopConfig
 from ganglion.robots.runner import END, START, RunnerConfig
 
@@ -59,6 +60,7 @@ class FleetConfig:
     cores: tuple[tuple[int, ...], ...] = ()
     niceness: int = 0
     connect_s: float = 30.0  # how long robots try to reach the server at their start
+    impairment: Impairment = field(default_factory=Impairment)  # of every robot's link
     has_common_start: bool = False  # first episodes begin when all scenes are ready
 
     def __post_init__(self) -> None:
@@ -295,6 +297,7 @@ class Fleet:
             cores=config.cores[index] if config.cores else (),
             niceness=config.niceness,
             connect_s=config.connect_s,
+            impairment=config.impairment,
         )
 
 

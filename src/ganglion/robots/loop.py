@@ -4,7 +4,8 @@ Owns ticks, episodes and what is measured about them. Called by `robots.runner` 
 protocol and the server only by its `Link`. One thread: the world's renderer belongs to it.
 
     tick t:  wait for its deadline, taking chunks as they come
-             every `replan_ticks`: render the views, send them as the observation of tick t, go on
+             every `replan_ticks`: render the views, send them as the observation of tick t, go on (`sync`: when nothing is
+             left to run and nothing is under way)
              take the queue's command for t, apply it
              in what is left of the tick: render a view for people, if one is asked for
 
@@ -13,9 +14,10 @@ is the arm under control. The world's own rate is another matter: Meta-World's i
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -24,7 +26,8 @@ from ganglion.clock import Clock
 from ganglion.errors import FieldError, GanglionError
 from ganglion.robots.catalog import Arm
 from ganglion.robots.episode import EpisodePlan, EpisodeResult
-from ganglion.robots.link import Answered, Link, Sent
+from ganglion.robots.execution import OLD_SHARE, ChunkExecution, DelayForecast, Outlook
+from ganglion.robots.link import MAX_IN_FLIGHT, Answered, Link, Sent
 from ganglion.robots.queue import (
     ActionQueue,
     Chunk,
@@ -36,6 +39,7 @@ from ganglion.robots.queue import (
     Verdict,
 )
 from ganglion.robots.side import MAX_QUEUE_ROWS, VIEW_PX, SideChannel
+from ganglion.types import Execution
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +70,16 @@ class SafeStoppedError(GanglionError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopConfig:
-    """How an arm is controlled."""
+    """How an arm is controlled. `execution` None: prefix where the served policy continues one, else naive."""
 
     rate_hz: float = 20.0
     replan_ticks: int = 3
+    execution: Execution | None = None
+    max_in_flight: int = MAX_IN_FLIGHT  # observations under way; 1 = one at a time
     max_ticks: int = 500
     settle_ticks: int = 5  # run on after success
     pace: Pace = Pace.REAL_TIME
-    delay_ticks: int = 1  # LOCKSTEP: from observation to the first tick that its chunk is used at
+    delay_ticks: int = 1  # LOCKSTEP: from observation to the first tick that its chunk is there for
     first_chunk_s: float = 30.0  # an episode without a chunk for so long is an error
     on_safe_stop: OnSafeStop = OnSafeStop.RESUME
     queue: QueueConfig = field(default_factory=QueueConfig)
@@ -82,9 +88,11 @@ class LoopConfig:
         for name in ("rate_hz", "replan_ticks", "max_ticks"):
             if getattr(self, name) <= 0:
                 raise FieldError(name, expected="more than 0", got=str(getattr(self, name)))
-        if self.pace is Pace.LOCKSTEP and not 0 <= self.delay_ticks <= self.replan_ticks:
-            expected = f"0 to replan_ticks ({self.replan_ticks})"
-            raise FieldError("delay_ticks", expected=expected, got=str(self.delay_ticks))
+        if self.delay_ticks < 0:
+            raise FieldError("delay_ticks", expected="0 or more", got=str(self.delay_ticks))
+        if not 1 <= self.max_in_flight <= MAX_IN_FLIGHT:
+            expected = f"1 to {MAX_IN_FLIGHT}"
+            raise FieldError("max_in_flight", expected=expected, got=str(self.max_in_flight))
 
 
 class RobotLoop:
@@ -101,11 +109,20 @@ class RobotLoop:
     ) -> None:
         self._link, self._clock, self._config = link, clock, config
         self._embodiment, self._should_stop = embodiment, should_stop
-        self._queue = ActionQueue(embodiment, config.queue)
+        is_blending = config.execution is Execution.BLEND
+        self._queue = ActionQueue(
+            embodiment, replace(config.queue, old_share=OLD_SHARE) if is_blending else config.queue
+        )
         self._period_s = 1 / config.rate_hz
         self._tick = 0
         self._num_reconnects = 0
-        self._arriving: list[tuple[int, Answered]] = []  # LOCKSTEP: (first tick to use it, chunk)
+        # LOCKSTEP: (tick at which it is there, chunk); None: lost on the way, and given up at that tick
+        self._arriving: list[tuple[int, Answered | None]] = []
+        is_lockstep = config.pace is Pace.LOCKSTEP
+        self._forecast = DelayForecast(config.delay_ticks if is_lockstep else 1)
+        self._execution = self._new_execution()
+        self._is_waiting = False  # for an episode's first chunk; the world stands still
+        self._next_send = 0
         self._side: SideChannel | None = None
         self._view_cost_s = 0.015
         self._tick_times: deque[float] = deque(maxlen=max(2, round(config.rate_hz)))
@@ -126,6 +143,11 @@ class RobotLoop:
         """What the arm does now."""
         return self._queue.mode
 
+    @property
+    def execution(self) -> Execution:
+        """How chunks are executed."""
+        return self._execution.execution
+
     def attach(self, side: SideChannel) -> None:
         """Tell people about it from now on."""
         self._side = side
@@ -140,8 +162,10 @@ class RobotLoop:
         For robots that shall start together; `run_episode` does it by itself.
         """
         arm.world.reset(plan.seed)
+        self._execution = self._new_execution()
         if self._fitting.get(arm.name) is not arm:
             check_policy_fits(self._link.metadata, arm)
+            self._check_delay()
             self._fitting[arm.name] = arm
         if self._side is not None and self._warm.get(arm.name) is not arm:
             self._warm_up(arm)
@@ -158,6 +182,7 @@ class RobotLoop:
             task=arm.task,
             seed=plan.seed,
             prompt=prompt,
+            execution=self._new_execution().execution.value,
         )
         before, num_reconnects = asdict(self._queue.counts), self._num_reconnects
         self.prepare(arm, plan)
@@ -189,8 +214,34 @@ class RobotLoop:
         except GanglionError as error:  # an old context costs nothing but pages
             logger.info("robot %s: reset: %s", self._link.robot_id, error)
 
+    def _new_execution(self) -> ChunkExecution:
+        return ChunkExecution(
+            self._config.execution,
+            metadata=self._link.metadata,
+            embodiment=self._embodiment,
+            replan_ticks=self._config.replan_ticks,
+        )
+
+    def _check_delay(self) -> None:
+        horizon = self._link.metadata.get("horizon")
+        is_lockstep = self._config.pace is Pace.LOCKSTEP
+        if is_lockstep and horizon is not None and self._config.delay_ticks >= horizon:
+            raise FieldError(
+                "delay_ticks",
+                expected=f"less than the policy's horizon of {horizon}",
+                got=str(self._config.delay_ticks),
+                next_step="a chunk that is later has no row left to run",
+            )
+
     def _await_first_chunk(self, arm: Arm, result: EpisodeResult) -> bool:
         """Ask until the first chunk is in the queue; false when told to stop."""
+        self._is_waiting = True
+        try:
+            return self._ask_until_running(arm, result)
+        finally:
+            self._is_waiting = False
+
+    def _ask_until_running(self, arm: Arm, result: EpisodeResult) -> bool:
         real_s = self._link.clock.now_s
         end_s = real_s() + self._config.first_chunk_s
         send_s = 0.0
@@ -217,6 +268,7 @@ class RobotLoop:
 
     def _run_ticks(self, arm: Arm, result: EpisodeResult, start_s: float) -> bool:
         config, world = self._config, arm.world
+        self._next_send = 1
         for index in range(config.max_ticks):
             deadline_s = start_s + index * self._period_s
             self._wait_until(deadline_s, result)
@@ -229,9 +281,11 @@ class RobotLoop:
                 result.num_overruns += num_overruns
             if self._should_stop():
                 return False
-            if index % config.replan_ticks == min(1, config.replan_ticks - 1) and index > 0:
-                self._send_observation(arm, result)
             self._take_arrived(result)
+            if self._is_time_to_send(index):
+                self._next_send = index + config.replan_ticks
+                self._send_observation(arm, result)
+                self._take_arrived(result)
             measured = None if arm.measure is None else arm.measure()
             command = self._queue.step(self._tick, now_s=self._clock.now_s(), measured=measured)
             world.apply(command.action)
@@ -249,22 +303,58 @@ class RobotLoop:
 
     # --- observations out, chunks in ---------------------------------------------------------------------------
 
+    def _is_time_to_send(self, index: int) -> bool:
+        if self.execution is Execution.SYNC:
+            return not len(self._queue.slots()) and not self._num_under_way()
+        return index >= self._next_send and self._num_under_way() < self._config.max_in_flight
+
+    def _num_under_way(self) -> int:
+        is_lockstep = self._config.pace is Pace.LOCKSTEP
+        return len(self._arriving) if is_lockstep else self._link.num_in_flight
+
+    def _outlook(self) -> Outlook:
+        """What will run, and when the chunk of an observation of now is to be expected."""
+        delay_ticks = 0 if self._is_waiting else self._forecast.ticks
+        if self._config.pace is Pace.LOCKSTEP:
+            next_tick = min((tick for tick, _ in self._arriving), default=None)
+        else:
+            oldest_tick = self._link.oldest_tick
+            next_tick = None if oldest_tick is None else oldest_tick + delay_ticks
+        return Outlook(
+            tick=self._tick,
+            plan=self._queue.slots(),
+            delay_ticks=delay_ticks,
+            num_certain=delay_ticks if next_tick is None else max(0, next_tick - self._tick),
+        )
+
     def _send_observation(self, arm: Arm, result: EpisodeResult) -> bool:
+        is_lockstep = self._config.pace is Pace.LOCKSTEP and not self._is_waiting
+        there_s = self._link.road.travel_s() if is_lockstep else 0.0
+        if there_s is None:
+            self._note_lost()
+            return True
         obs_s, obs_ns = self._clock.now_s(), self._clock.now_ns()
         views = arm.world.observe()
         result.add_sample("render", (self._clock.now_s() - obs_s) * 1e3)
+        told = self._execution.told(views, self._outlook())
         is_sent = self._link.send(
-            views,
-            sent=Sent(tick=self._tick, obs_s=obs_s),
+            told.views,
+            sent=Sent(tick=self._tick, obs_s=obs_s, first_tick=told.first_tick),
             prompt=result.prompt,
             obs_time_ns=obs_ns,
             control_hz=self._config.rate_hz,
             deadline_ms=self._config.queue.miss_age_s * 1e3,
             seed=result.seed * SEEDS_PER_EPISODE + result.num_ticks % SEEDS_PER_EPISODE,
+            **told.hints,
         )
-        if self._config.pace is Pace.LOCKSTEP and self._queue.mode is not Mode.IDLE:
-            self._await_answer(result)
+        if is_lockstep:
+            self._await_answer(there_s, result)
         return is_sent
+
+    def _note_lost(self) -> None:
+        """LOCKSTEP: a message that the road lost. The robot cannot know; it waits as long as a chunk would be good for."""
+        wait_ticks = round(self._config.queue.max_age_s * self._config.rate_hz)
+        self._arriving.append((self._tick + wait_ticks, None))
 
     def _wait_until(self, deadline_s: float, result: EpisodeResult) -> None:
         if self._config.pace is Pace.LOCKSTEP:
@@ -275,14 +365,20 @@ class RobotLoop:
 
     def _take_arrived(self, result: EpisodeResult) -> None:
         if self._config.pace is Pace.LOCKSTEP:
-            while self._arriving and self._arriving[0][0] <= self._tick:
-                self._offer(self._arriving.pop(0)[1], result)
+            arrived = [item for item in self._arriving if item[0] <= self._tick]
+            self._arriving = [item for item in self._arriving if item[0] > self._tick]
+            for _, chunk in sorted(arrived, key=lambda item: item[0]):
+                if chunk is not None:
+                    self._offer(chunk, result)
             return
         while (answer := self._link.poll(0.0)) is not None:
             self._take(answer, result)
 
-    def _await_answer(self, result: EpisodeResult) -> None:
-        """LOCKSTEP: the world waits here for the answer to what was just sent, or for the connection to come back."""
+    def _await_answer(self, there_s: float, result: EpisodeResult) -> None:
+        """LOCKSTEP: the world waits here for the answer to what was just sent, or for the connection to come back.
+
+        `there_s`: how much longer a bad link took on the way there.
+        """
         end_s = self._link.clock.now_s() + self._config.first_chunk_s
         while not self._should_stop():
             answer = self._link.poll(RETRY_S)
@@ -291,7 +387,7 @@ class RobotLoop:
                 self._take(answer, result)
                 return
             if answer is not None:
-                self._arriving.append((answer.sent.tick + self._config.delay_ticks, answer))
+                self._note_answer(there_s, answer)
                 return
             if self._link.clock.now_s() > end_s:
                 raise ReplyTimeoutError(
@@ -300,6 +396,14 @@ class RobotLoop:
                 )
             if self._link.num_in_flight == 0 and self._link.is_connected:
                 return  # lost with its connection: the next observation asks again
+
+    def _note_answer(self, there_s: float, answer: Answered) -> None:
+        back_s = self._link.road.travel_s()
+        if back_s is None:
+            self._note_lost()
+            return
+        late_ticks = math.ceil((there_s + back_s) * self._config.rate_hz - 1e-9)
+        self._arriving.append((answer.sent.tick + self._config.delay_ticks + late_ticks, answer))
 
     def _take(self, answer: Answered | ReplyError | None, result: EpisodeResult) -> None:
         self._note_reconnect()
@@ -315,18 +419,25 @@ class RobotLoop:
             self._queue.fence()  # the first chunk from here on rests on a new observation
 
     def _offer(self, answer: Answered, result: EpisodeResult) -> None:
-        reply, sent = answer.reply, answer.sent
+        reply, context = answer.reply, answer.context
         result.num_chunks += 1
-        self._latency_ms, self._reply_prompt = reply.round_trip_ms, reply.prompt
-        result.add_sample("round_trip", reply.round_trip_ms)
+        self._latency_ms, self._reply_prompt = answer.round_trip_ms, reply.prompt
+        result.add_sample("round_trip", answer.round_trip_ms)
         result.add_sample("server", reply.server_ms)
         for stage in ("queue", "perceive", "generate", "wait", "infer"):
             result.add_sample(stage, getattr(reply.timing, f"{stage}_ms"))
-        chunk = Chunk(
-            actions=reply.actions,
-            obs_tick=sent.tick,
-            obs_s=sent.obs_s,
-            version=reply.model_version,
+        if not self._is_waiting:
+            self._forecast.add(self._tick - answer.sent.tick)
+        chunk = self._execution.placed(
+            Chunk(
+                actions=reply.actions,
+                obs_tick=context.tick,
+                obs_s=context.obs_s,
+                version=reply.model_version,
+                request=reply.seq,
+                first_tick=context.first_tick,
+            ),
+            next_tick=self._queue.next_tick,
         )
         now_s = self._clock.now_s()
         may_resume = self._config.on_safe_stop is OnSafeStop.RESUME

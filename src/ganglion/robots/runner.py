@@ -10,17 +10,19 @@ import logging
 import os
 import sys
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
 from ganglion.clock import Clock, RealClock, SimulatedClock
 from ganglion.errors import GanglionError
 from ganglion.robots.catalog import Arm, open_arm
 from ganglion.robots.episode import EpisodePlan, EpisodeResult
+from ganglion.robots.impairment import Impairment
 from ganglion.robots.link import Link
 from ganglion.robots.loop import LoopConfig, OnSafeStop, Pace, RobotLoop
 from ganglion.robots.queue import QueueConfig
 from ganglion.robots.side import SideChannel
+from ganglion.types import Execution
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class RunnerConfig:
     cores: tuple[int, ...]  # () = wherever the system puts it
     niceness: int
     connect_s: float  # how long to try to reach the server at the start
+    impairment: Impairment = field(default_factory=Impairment)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,7 +56,14 @@ class RunnerConfig:
         loop = dict(body["loop"])
         loop["pace"], loop["on_safe_stop"] = Pace(loop["pace"]), OnSafeStop(loop["on_safe_stop"])
         loop["queue"] = QueueConfig(**loop["queue"])
-        return cls(**{**body, "cores": tuple(body["cores"]), "loop": LoopConfig(**loop)})
+        if loop["execution"] is not None:
+            loop["execution"] = Execution(loop["execution"])
+        parts = {
+            "cores": tuple(body["cores"]),
+            "loop": LoopConfig(**loop),
+            "impairment": Impairment.from_json(body["impairment"]),
+        }
+        return cls(**{**body, **parts})
 
 
 class Runner:
@@ -77,7 +87,13 @@ class Runner:
         threading.Thread(target=self._read_plans, name="plans", daemon=True).start()
         threading.Thread(target=self._send_statuses, name="status", daemon=True).start()
         config = self._config
-        link = Link(config.url, robot_id=config.robot_id, api_key=config.api_key)
+        link = Link(
+            config.url,
+            robot_id=config.robot_id,
+            api_key=config.api_key,
+            is_real_time=config.loop.pace is Pace.REAL_TIME,
+        )
+        link.impair(config.impairment)
         try:
             link.open(timeout_s=config.connect_s)
             while (plan := self._ask()) is not None:
@@ -115,7 +131,9 @@ class Runner:
                     "prompt": plan.prompt if plan.prompt is not None else arm.world.prompt,
                     "control_hz": config.loop.rate_hz,
                 }
-                self._side = SideChannel(config.url, hello=hello, api_key=config.api_key)
+                self._side = SideChannel(
+                    config.url, hello=hello, on_impair=link.impair, api_key=config.api_key
+                )
                 self._loop.attach(self._side)
             self._loop.prepare(arm, plan)
             self._await_start()

@@ -1,4 +1,5 @@
 """Side: what an arm shows people: telemetry, and its scene while somebody looks. Never actions, never in the loop's way.
+People may make its link worse and better again: `{"type": "impair", "delay_ms", "jitter_ms", "loss"}`.
 
 Owned by `robots.runner`, fed by `robots.loop`. Everything goes through a thread of its own; the newest replaces what was
 not sent yet. The messages are written down in the server's `serve/hub.py`. Optional: the arm is controlled the same without.
@@ -8,6 +9,7 @@ import io
 import logging
 import random
 import threading
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -16,7 +18,8 @@ from websockets.sync.client import ClientConnection, connect
 
 from ganglion import wire
 from ganglion.clock import Clock, RealClock
-from ganglion.errors import MissingDependencyError, WireError
+from ganglion.errors import FieldError, MissingDependencyError, WireError
+from ganglion.robots.impairment import Impairment
 from ganglion.types import UInt8Array
 
 logger = logging.getLogger(__name__)
@@ -36,10 +39,18 @@ POLICY_VIOLATION = 1008
 class SideChannel:
     """One robot's side channel. The loop's thread offers, a thread of its own sends."""
 
-    def __init__(self, url: str, *, hello: dict[str, Any], api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        hello: dict[str, Any],
+        on_impair: Callable[[Impairment], None],
+        api_key: str | None = None,
+    ) -> None:
+        """`on_impair`: called on the channel's own thread."""
         self._url = urlunsplit(urlsplit(url)._replace(path=PATH, query=""))
         self._headers = {} if api_key is None else {"Authorization": f"Api-Key {api_key}"}
-        self._hello = hello
+        self._hello, self._on_impair = hello, on_impair
         self._clock: Clock = RealClock()
         self._save_jpeg = _jpeg_encoder()
         self._changed = threading.Condition()
@@ -137,8 +148,19 @@ class SideChannel:
             if "watch" in message:
                 self._max_view_hz = max(0.1, float(message.get("max_view_hz", MAX_VIEW_HZ)))
                 self._is_watched = bool(message["watch"])
+            elif message.get("type") == "impair":
+                self._impair(message)
             elif "error" in message:
                 logger.warning("side channel: refused: %s", message["error"])
+
+    def _impair(self, message: dict[str, Any]) -> None:
+        try:
+            impairment = Impairment.from_json(message)
+        except FieldError as error:
+            logger.warning("side channel: %s", error)
+        else:
+            logger.info("side channel: the link becomes %s", impairment)
+            self._on_impair(impairment)
 
 
 def _jpeg_encoder() -> Any:
