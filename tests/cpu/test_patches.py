@@ -1,13 +1,13 @@
 """Perception in parts: equal to the whole where it must be, near it where it may differ."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ganglion.models.layers import ConvStem
 from ganglion.models.packing import pack
-from ganglion.models.policies.flow import FlowPolicy
 from ganglion.models.policies.flow_checkpoint import FlowCheckpoint, load_flow_checkpoint
 from ganglion.models.policies.patches import (
     Box,
@@ -19,8 +19,10 @@ from ganglion.models.policies.patches import (
 )
 from ganglion.models.registry import DTYPES, policy_folder
 from ganglion.models.tiny import TINY_FLOW, TINY_PROMPTS, tiny_flow
-from ganglion.pipeline.gate import BoolArray, GateConfig, Perceive, ViewGate, reading_tokens
+from ganglion.pipeline.gate import GateConfig, Perceive, ViewGate
+from ganglion.pipeline.patch_grid import BoolArray, reading_tokens
 
+PATCH_PX = 16
 ROUNDING = {"float32": 5e-5, "bfloat16": 0.0}  # of features whose standard deviation is about 1
 
 
@@ -28,12 +30,6 @@ def shipped(dtype: str) -> FlowCheckpoint:
     checkpoint = load_flow_checkpoint(policy_folder("metaworld-ten"), dtype=DTYPES[dtype])
     pack(checkpoint.policy)
     return checkpoint
-
-
-def stem_of(policy: FlowPolicy) -> ConvStem:
-    stem = policy.stems[0]
-    assert isinstance(stem, ConvStem)
-    return stem
 
 
 def random_images(rng: np.random.Generator, *shape: int) -> Tensor:
@@ -46,8 +42,12 @@ def random_images(rng: np.random.Generator, *shape: int) -> Tensor:
 def test_patches_equal_the_whole_image(dtype: str, size_px: tuple[int, int]) -> None:
     """Wherever the change is: inside, at any border, of several rows at once; packed weights as served."""
     rng = np.random.default_rng(0)
-    stem = stem_of(shipped(dtype).policy)
-    grid = tuple(-(-side // stem.patch_px) for side in size_px)
+    config = replace(
+        shipped(dtype).policy.config, view_height_px=size_px[0], view_width_px=size_px[1]
+    )
+    policy = tiny_flow(seed=6, config=config, dtype=DTYPES[dtype]).policy
+    pack(policy)
+    grid = tuple(-(-side // PATCH_PX) for side in size_px)
     for _ in range(12):
         before = random_images(rng, 3, *size_px)
         after, patches = before.clone(), np.zeros((3, *grid), np.bool_)
@@ -58,14 +58,14 @@ def test_patches_equal_the_whole_image(dtype: str, size_px: tuple[int, int]) -> 
                 area = after[row, top : top + height, left : left + width]
                 area.copy_(random_images(rng, *area.shape[:2]))
                 below, beyond = (
-                    (top + area.shape[0] - 1) // stem.patch_px + 1,
-                    (left + area.shape[1] - 1) // stem.patch_px + 1,
+                    (top + area.shape[0] - 1) // PATCH_PX + 1,
+                    (left + area.shape[1] - 1) // PATCH_PX + 1,
                 )
-                patches[row, top // stem.patch_px : below, left // stem.patch_px : beyond] = True
+                patches[row, top // PATCH_PX : below, left // PATCH_PX : beyond] = True
         tokens = np.stack([reading_tokens(changed) for changed in patches])
-        old = stem(before)
+        old = policy.encode_view(1, before)
         kept = old.clone()
-        got, whole = encode_patches(stem, after, old, tokens), stem(after)
+        got, whole = encode_patches(policy, 1, after, old, tokens), policy.encode_view(1, after)
         assert (got - whole).abs().max() <= ROUNDING[dtype]
         assert torch.equal(old, kept), "the old page is read only"
         is_kept = ~tokens.reshape(3, -1)
@@ -78,9 +78,9 @@ def test_patches_equal_the_whole_image(dtype: str, size_px: tuple[int, int]) -> 
 def test_a_view_through_the_gate_holds_the_features_of_its_reference() -> None:
     """The exactness bound: after any frames, pages = encode(reference), and the reference is near the camera."""
     rng = np.random.default_rng(1)
-    stem = stem_of(shipped("bfloat16").policy)
+    policy = shipped("bfloat16").policy
     config = GateConfig(refresh_ms=1e9)
-    gate = ViewGate(config, height_px=80, width_px=80, patch_px=stem.patch_px)
+    gate = ViewGate(config, height_px=80, width_px=80, patch_px=PATCH_PX)
     features = torch.empty(0)
     scene = rng.normal(120.0, 40.0, (80, 80, 3))
     actions = []
@@ -93,10 +93,10 @@ def test_a_view_through_the_gate_holds_the_features_of_its_reference() -> None:
         actions.append(decision.action)
         reference = torch.from_numpy(decision.image.copy())[None]
         if decision.action is Perceive.FULL:
-            features = stem(reference)
+            features = policy.encode_view(0, reference)
         elif decision.action is Perceive.PATCHES:
-            features = encode_patches(stem, reference, features, decision.tokens[None])
-        assert torch.equal(features, stem(reference))
+            features = encode_patches(policy, 0, reference, features, decision.tokens[None])
+        assert torch.equal(features, policy.encode_view(0, reference))
     assert set(actions) == set(Perceive)
 
 
@@ -104,9 +104,9 @@ def test_a_view_through_the_gate_holds_the_features_of_its_reference() -> None:
 def test_kept_features_drift_no_more_than_the_changes_that_the_gate_lets_pass() -> None:
     """In features: a shift of everything, the worst case below the threshold, costs three times what noise costs."""
     rng = np.random.default_rng(2)
-    stem = stem_of(shipped("float32").policy)
+    policy = shipped("float32").policy
     config = GateConfig(refresh_ms=1e9)
-    gate = ViewGate(config, height_px=80, width_px=80, patch_px=stem.patch_px)
+    gate = ViewGate(config, height_px=80, width_px=80, patch_px=PATCH_PX)
     scene = np.repeat(np.repeat(rng.normal(120.0, 40.0, (10, 10, 3)), 8, axis=0), 8, axis=1)
 
     def photo(level: float) -> np.ndarray:
@@ -114,7 +114,7 @@ def test_kept_features_drift_no_more_than_the_changes_that_the_gate_lets_pass() 
         return np.clip(np.rint(shifted), 0, 255).astype(np.uint8)
 
     def drift(one: np.ndarray, other: np.ndarray) -> float:
-        both = stem(torch.from_numpy(np.stack([one, other])))
+        both = policy.encode_view(0, torch.from_numpy(np.stack([one, other])))
         return float((both[0] - both[1]).pow(2).mean().sqrt())
 
     first = photo(0.0)
@@ -125,7 +125,7 @@ def test_kept_features_drift_no_more_than_the_changes_that_the_gate_lets_pass() 
         frame = photo(float(level))
         decision = gate.decide(frame, now_s=1.0)
         worst = max(worst, drift(decision.image, frame))
-    scale = float(stem(torch.from_numpy(first)[None]).std())
+    scale = float(policy.encode_view(0, torch.from_numpy(first)[None]).std())
     assert 0.0 < worst <= 3.0 * by_noise
     assert worst <= 0.1 * scale
 

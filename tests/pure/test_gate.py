@@ -7,13 +7,16 @@ from hypothesis import strategies as st
 
 from ganglion.errors import ConfigError, FieldError
 from ganglion.pipeline.gate import (
-    BoolArray,
+    UNASKED_IMAGES,
     Gate,
     GateConfig,
     Perceive,
     Reason,
     ViewDecision,
     ViewGate,
+)
+from ganglion.pipeline.patch_grid import (
+    BoolArray,
     crop_share,
     only_read_by,
     reading_tokens,
@@ -113,6 +116,21 @@ def test_the_last_of_a_motion_is_seen_more_sharply() -> None:
     assert moving.decide(moved, now_s=3.0).action is Perceive.SKIP
 
 
+def test_motion_may_pass_up_to_its_bound_but_not_where_the_instruction_attends() -> None:
+    """One pixel of sixteen that changes by 72 makes a root mean square of 18."""
+    image = np.full((80, 80, 3), 100, np.uint8)
+    flipped = image.copy()
+    flipped[40, 40] += np.uint8(72)
+    config = GateConfig(motion_rms=20.0, refresh_ms=1e9, attended_refresh_ms=1e9)
+    for attended, expected in ((None, Perceive.SKIP), (grid((2, 2)), Perceive.PATCHES)):
+        gate = view_gate(config)
+        gate.decide(image, now_s=0.0)
+        assert gate.decide(flipped, now_s=0.1, attended=attended).action is expected
+    strict = view_gate()
+    strict.decide(image, now_s=0.0)
+    assert strict.decide(flipped, now_s=0.1).action is Perceive.PATCHES
+
+
 def test_a_view_is_perceived_whole_every_refresh_ms_at_the_latest() -> None:
     rng = np.random.default_rng(2)
     still = scene(rng)
@@ -146,6 +164,7 @@ def test_changes_all_over_are_perceived_whole_until_it_is_calmer() -> None:
     assert step(2).action is Perceive.PATCHES, "three rows of tokens of five: 0.6"
     assert step(5).reason is Reason.CHANGED_ALL_OVER
     assert step(2).reason is Reason.CHANGED_ALL_OVER, "0.6 is not yet calm"
+    assert [step(1).reason for _ in range(UNASKED_IMAGES)] == [Reason.BUSY] * UNASKED_IMAGES
     assert step(1).action is Perceive.PATCHES
     assert step(2).action is Perceive.PATCHES
 
@@ -191,6 +210,7 @@ def test_the_reference_stays_within_the_bound_and_changes_only_where_tokens_say(
     """Any size of view, any motion: the two promises that make the kept features exact."""
     rng = np.random.default_rng(seed)
     config = GateConfig(
+        motion_rms=float(rng.choice([0.0, 20.0])),
         refresh_ms=float(rng.choice([120.0, 1e9])),
         attended_refresh_ms=float(rng.choice([0.0, 60.0, 120.0])),
     )
@@ -266,6 +286,42 @@ def test_gate_decides_view_by_view_and_forgets_on_reset() -> None:
     assert {d.reason for d in decisions.values()} == {Reason.NOTHING_OLD}
 
 
+def test_gate_asks_what_is_attended_to_when_that_may_have_changed() -> None:
+    gate = Gate(GateConfig(refresh_ms=1000.0, attended_refresh_ms=1000.0), patch_px=PATCH_PX)
+    image = np.full((80, 80, 3), 100, np.uint8)
+    gate.instruct("open the drawer")
+    gate.decide("fixed", image, now_s=0.0)
+    assert not gate.is_heed_due(0.0), "a view perceived whole has no use for it"
+    gate.decide("fixed", image, now_s=0.1)
+    assert gate.is_heed_due(0.1)
+    gate.heed({"fixed": grid((2, 2))}, now_s=0.1)
+    for now_s in (0.5, 1.0, 1.5, 3.0):
+        gate.decide("fixed", image, now_s=now_s)
+        assert not gate.is_heed_due(now_s), "nothing has changed"
+    moved = image.copy()
+    moved[:8, :8] = 0
+    assert gate.decide("fixed", moved, now_s=3.1).action is Perceive.PATCHES
+    assert gate.is_heed_due(3.1)
+    gate.heed({"fixed": grid((2, 2))}, now_s=3.1)
+    moved[:8, :8] = 200
+    gate.decide("fixed", moved, now_s=3.2)
+    assert not gate.is_heed_due(3.2), "once in refresh_ms"
+    gate.instruct("close the drawer")
+    assert gate.is_heed_due(3.2), "another instruction attends to other things"
+
+
+def test_gate_hands_the_attended_tokens_to_their_view() -> None:
+    image = np.full((80, 80, 3), 100, np.uint8)
+    gate = Gate(GateConfig(attended_refresh_ms=0.0), patch_px=PATCH_PX)
+    for key in ("fixed", "wrist"):
+        gate.decide(key, image, now_s=0.0)
+    gate.heed({"wrist": grid((2, 2))}, now_s=0.0)
+    assert gate.decide("fixed", image, now_s=0.1).action is Perceive.SKIP
+    assert gate.decide("wrist", image, now_s=0.1).reason is Reason.ATTENDED_DUE
+    gate.instruct("close the drawer")
+    assert gate.decide("wrist", image, now_s=0.2).action is Perceive.SKIP
+
+
 def test_the_robots_own_array_may_be_written_again() -> None:
     gate, image = view_gate(), np.full((80, 80, 3), 100, np.uint8)
     gate.decide(image, now_s=0.0)
@@ -284,6 +340,7 @@ def test_bad_input_is_named() -> None:
     for wrong in (
         {"noise_std": 0.0},
         {"noise_std": float("nan")},
+        {"motion_rms": -1.0},
         {"refresh_ms": 0.0},
         {"attended_refresh_ms": 2000.0},
         {"full_share": 0.5, "calm_share": 0.6},

@@ -12,8 +12,9 @@ the session's pages hold. Pure numpy; knows no features, pages or models, only t
 The engine is handed the reference image instead of the camera's, so its features are exact and content-addressing does
 the rest: a skipped view has the key of the pages that are there. What is lost is lost in the image, and bounded:
 **every cell of the reference (4x4 pixels where a patch is 16x16) is within `change_rms` of the camera's image, root
-mean square over its pixels and channels, and no part of it is older than `refresh_ms`**. The difference is to
-the image that the pages hold and not to the last frame, so slow motion cannot creep past.
+mean square over its pixels and channels (cells that an attended token sees: `attended_rms`), and no part of it is older
+than `refresh_ms`**. The difference is to the image that the pages hold and not to the last one, so slow motion cannot
+creep past.
 
 From: VLA-Cache (arXiv 2502.02175: reuse what is static, but not what the instruction attends to) and Alpha-Service (arXiv
 2510.14359: skip, cheap or full, with hysteresis and a hard refresh). Dimensions: row and column of the token grid.
@@ -25,12 +26,18 @@ from enum import StrEnum
 from math import sqrt
 
 import numpy as np
-import numpy.typing as npt
 
 from ganglion.errors import ConfigError, FieldError
+from ganglion.pipeline.patch_grid import (
+    BoolArray,
+    by_pixel,
+    cell_sums,
+    crop_share,
+    only_read_by,
+    reading_tokens,
+    seen_patches,
+)
 from ganglion.types import Float32Array, Observation, UInt8Array
-
-BoolArray = npt.NDArray[np.bool_]
 
 CELLS_PER_PATCH = (
     4  # a side: what moves a little moves cells of 4x4 pixels, noise is averaged out of them
@@ -39,6 +46,10 @@ CELLS_PER_PATCH = (
 # times once in 5e6 (chi-squared).
 CHANGE_RATIO = 3.1
 SETTLE_RATIO = 2.4
+SETTLE_SHARE = 0.7
+UNASKED_IMAGES = (
+    3  # in a busy scene comparing is time lost: one image in four is asked whether it is over
+)
 
 
 class Perceive(StrEnum):
@@ -55,22 +66,29 @@ class Reason(StrEnum):
     NOTHING_OLD = "nothing old"
     REFRESH_DUE = "refresh due"
     CHANGED_ALL_OVER = "changed all over"
+    BUSY = "changed all over a moment ago"
     SOME_CHANGED = "some changed"
     ATTENDED_DUE = "attended due"
     UNCHANGED = "unchanged"
+
+
+# with these the reference shows what it showed before, but for noise
+_OLD_NEWS = (Reason.UNCHANGED, Reason.REFRESH_DUE, Reason.ATTENDED_DUE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateConfig:
     """How still a view must be to be skipped.
 
-    `noise_std`: the camera's noise, in levels of 255. `refresh_ms`: a view is perceived whole at least that often; what
+    `noise_std`: the camera's noise, in levels of 255. `motion_rms`: change beyond noise that a cell may hold unseen, in
+    levels, root mean square; one pixel in 16 that changes by 80 makes 20. `refresh_ms`: a view is perceived whole at least that often; what
     the instruction attends to at least every `attended_refresh_ms` (0: in every frame, VLA-Cache's own rule).
     `full_share`: a view is perceived whole when the crop around its changes is that large (the parts of a crop cost
     more than those of an image), and in parts again below `calm_share`.
     """
 
     noise_std: float = 2.0
+    motion_rms: float = 0.0
     refresh_ms: float = 1000.0
     attended_refresh_ms: float = 500.0
     full_share: float = 0.8
@@ -79,6 +97,8 @@ class GateConfig:
     def __post_init__(self) -> None:
         if not 0.25 <= self.noise_std <= 64.0:
             raise _bad("noise_std", "levels of 255 from 0.25 to 64", self.noise_std)
+        if not 0.0 <= self.motion_rms <= 255.0:
+            raise _bad("motion_rms", "levels of 255 from 0 to 255", self.motion_rms)
         if not self.refresh_ms > 0.0:
             raise _bad("refresh_ms", "more than 0", self.refresh_ms)
         if not 0.0 <= self.attended_refresh_ms <= self.refresh_ms:
@@ -97,11 +117,16 @@ class GateConfig:
     @property
     def change_rms(self) -> float:
         """Levels of 255: a cell that differs by more than that has changed."""
-        return self.noise_std * sqrt(2.0 * CHANGE_RATIO)
+        return sqrt(2.0 * CHANGE_RATIO * self.noise_std**2 + self.motion_rms**2)
 
     @property
     def settle_rms(self) -> float:
-        """The same for patches that changed a moment ago or are attended: just above noise."""
+        """The same for patches that changed in the last image: they are seen through to the end of a motion."""
+        return sqrt(2.0 * SETTLE_RATIO * self.noise_std**2 + (SETTLE_SHARE * self.motion_rms) ** 2)
+
+    @property
+    def attended_rms(self) -> float:
+        """The same for what the instruction attends to: just above noise."""
         return self.noise_std * sqrt(2.0 * SETTLE_RATIO)
 
 
@@ -138,13 +163,14 @@ class ViewGate:
         whole = (self.grid[0] * patch_px, self.grid[1] * patch_px, 3)
         self._difference = np.zeros(whole, np.float32)
         self._inner = self._difference[:height_px, :width_px]
-        self._in_cell = _cell_sums(width_px, whole[1], self._cell_px)
+        self._in_cell = cell_sums(width_px, whole[1], self._cell_px)
         first_rows = np.arange(0, whole[0], self._cell_px)
         num_rows = np.clip(height_px - first_rows, 1, self._cell_px)
         self._row_weights = (1.0 / num_rows).astype(np.float32)[:, None]
         # squared levels, by patch: noise passes below them
         self._change = np.float32(config.change_rms**2)
         self._settle = np.float32(config.settle_rms**2)
+        self._attended = np.float32(config.attended_rms**2)
         self.reset()
 
     def reset(self) -> None:
@@ -152,7 +178,9 @@ class ViewGate:
         self._reference: UInt8Array | None = None
         self._reference_floats: Float32Array = np.zeros(self._shape, np.float32)
         self._is_moving = np.zeros(self.grid, np.bool_)  # patches that changed in the last image
+        self._is_reference_new = False
         self._is_busy = False
+        self._num_unasked = 0  # images left to perceive whole without comparing
         self._refreshed_s = self._attended_s = 0.0
 
     def decide(
@@ -167,10 +195,12 @@ class ViewGate:
         old = self._reference
         if old is None:
             return self._full(image, now_s, Reason.NOTHING_OLD)
-        changed = self._changed_patches(image, attended)
-        self._is_moving = changed
         if _is_due(now_s, self._refreshed_s, self._config.refresh_ms):
             return self._full(image, now_s, Reason.REFRESH_DUE)
+        if self._num_unasked:
+            self._num_unasked -= 1
+            return self._full(image, now_s, Reason.BUSY)
+        changed = self._is_moving = self._changed_patches(old, image, attended)
         reason = Reason.SOME_CHANGED if changed.any() else Reason.UNCHANGED
         if attended is not None and _is_due(
             now_s, self._attended_s, self._config.attended_refresh_ms
@@ -185,11 +215,11 @@ class ViewGate:
                 action=Perceive.SKIP, reason=reason, image=old, base=old, tokens=changed
             )
         tokens = reading_tokens(changed)
-        share = crop_share(tokens)
-        self._is_busy = share >= (
-            self._config.calm_share if self._is_busy else self._config.full_share
-        )
+        was_busy = self._is_busy
+        limit = self._config.calm_share if was_busy else self._config.full_share
+        self._is_busy = crop_share(tokens) >= limit
         if self._is_busy:
+            self._num_unasked = UNASKED_IMAGES if was_busy else 0
             return self._full(image, now_s, Reason.CHANGED_ALL_OVER)
         return ViewDecision(
             action=Perceive.PATCHES,
@@ -211,18 +241,25 @@ class ViewGate:
                 "attended", expected=f"{self.grid} [row, column]", got=str(attended.shape)
             )
 
-    def _changed_patches(self, image: UInt8Array, attended: BoolArray | None) -> BoolArray:
+    def _changed_patches(
+        self, old: UInt8Array, image: UInt8Array, attended: BoolArray | None
+    ) -> BoolArray:
         """Bool [row, column]: patches with a cell that differs by more than noise does."""
-        np.subtract(image, self._reference_floats, out=self._inner)
-        squares = np.square(self._difference, out=self._difference)
-        rows = squares.reshape(-1, self._cell_px, squares.shape[1] * 3).sum(axis=1)
-        cells = (rows @ self._in_cell) * self._row_weights
+        if self._is_reference_new:
+            np.copyto(self._reference_floats, old)
+            self._is_reference_new = False
+        np.copyto(self._inner, image)
+        np.subtract(self._inner, self._reference_floats, out=self._inner)
+        by_row = self._difference.reshape(-1, self._cell_px, self._difference.shape[1] * 3)
+        squares = np.einsum("ijk,ijk->ik", by_row, by_row)
+        cells = (squares @ self._in_cell) * self._row_weights
         height, width = self.grid
-        most = cells.reshape(height, CELLS_PER_PATCH, width, CELLS_PER_PATCH).max(axis=(1, 3))
-        is_watched = (
-            self._is_moving if attended is None else self._is_moving | seen_patches(attended)
-        )
-        changed: BoolArray = most > np.where(is_watched, self._settle, self._change)
+        most = cells.reshape(height, CELLS_PER_PATCH, -1).max(axis=1)
+        most = most.reshape(height, width, CELLS_PER_PATCH).max(axis=2)
+        limit = np.where(self._is_moving, self._settle, self._change)
+        if attended is not None:
+            limit[seen_patches(attended)] = self._attended
+        changed: BoolArray = most > limit
         return changed
 
     def _full(self, image: UInt8Array, now_s: float, reason: Reason) -> ViewDecision:
@@ -238,109 +275,79 @@ class ViewGate:
 
     def _patched(self, old: UInt8Array, image: UInt8Array, tokens: BoolArray) -> UInt8Array:
         """The old reference with the new pixels of every patch whose readers are all computed anew."""
-        is_new = _by_pixel(only_read_by(tokens), self._patch_px, self._shape)
+        is_new = by_pixel(only_read_by(tokens), self._patch_px, self._shape)
         patched = old.copy()
         np.copyto(patched, image, where=is_new)
         return self._keep(patched)
 
     def _keep(self, reference: UInt8Array) -> UInt8Array:
         reference.flags.writeable = False
-        self._reference = reference
-        np.copyto(self._reference_floats, reference)
+        self._reference, self._is_reference_new = reference, True
         return reference
 
 
 class Gate:
-    """All cameras of one session."""
+    """All cameras of one session, and what its instruction attends to."""
 
     def __init__(self, config: GateConfig, *, patch_px: int) -> None:
         self._config, self._patch_px = config, patch_px
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: all views are perceived whole (the robot was moved, its session was reset)."""
         self._views: dict[str, ViewGate] = {}
+        self._actions: dict[str, Perceive] = {}
+        self._attended: dict[str, BoolArray] = {}
+        self._heeded_s: float | None = None
+        self._has_changed = False  # since `heed`
+        self._prompt = ""
 
     def admit(
-        self,
-        observation: Observation,
-        *,
-        now_s: float,
-        attended: Mapping[str, BoolArray] | None = None,
+        self, observation: Observation, *, now_s: float
     ) -> tuple[Observation, dict[str, ViewDecision]]:
         """The observation that the engine shall perceive, and what was decided about each view.
 
-        `attended`: view key -> bool [row, column], where known. State and instruction pass as they are.
+        State and instruction pass as they are. Raises FieldError for an image of another shape than before.
         """
+        self.instruct(observation.prompt)
         decisions = {
-            key: self._view(key, image).decide(
-                image, now_s=now_s, attended=None if attended is None else attended.get(key)
-            )
-            for key, image in observation.images.items()
+            key: self.decide(key, image, now_s=now_s) for key, image in observation.images.items()
         }
         images = {key: decision.image for key, decision in decisions.items()}
         return replace(observation, images=images), decisions
 
-    def reset(self) -> None:
-        """Forget all references (the robot was moved, its session was reset)."""
-        self._views.clear()
+    def instruct(self, prompt: str) -> None:
+        """The instruction of the next observation: another one attends to other things."""
+        if prompt != self._prompt:
+            self._prompt, self._attended, self._heeded_s = prompt, {}, None
 
-    def _view(self, key: str, image: UInt8Array) -> ViewGate:
+    def decide(self, key: str, image: UInt8Array, *, now_s: float) -> ViewDecision:
+        """`ViewGate.decide` for one view."""
         view = self._views.get(key)
         if view is None:
             height_px, width_px = image.shape[:2]
             view = self._views[key] = ViewGate(
                 self._config, height_px=height_px, width_px=width_px, patch_px=self._patch_px
             )
-        return view
+        decision = view.decide(image, now_s=now_s, attended=self._attended.get(key))
+        self._actions[key] = decision.action
+        self._has_changed |= decision.reason not in _OLD_NEWS
+        return decision
 
+    def is_heed_due(self, now_s: float) -> bool:
+        """Is it worth asking the model anew what it attends to?
 
-# --- the grid: patch (r, c) is read by the tokens (r .. r + 1, c .. c + 1), where there are any -------------------------
+        At most every `refresh_ms`; not while nothing changed, nor while all views are perceived whole anyway.
+        """
+        if all(action is Perceive.FULL for action in self._actions.values()):
+            return False
+        if self._heeded_s is None:
+            return True
+        return self._has_changed and _is_due(now_s, self._heeded_s, self._config.refresh_ms)
 
-
-def reading_tokens(patches: BoolArray) -> BoolArray:
-    """Bool [row, column]: tokens that see any of `patches`."""
-    tokens = patches.copy()
-    tokens[1:] |= patches[:-1]
-    tokens[:, 1:] |= tokens[:, :-1].copy()
-    return tokens
-
-
-def seen_patches(tokens: BoolArray) -> BoolArray:
-    """Bool [row, column]: patches that any of `tokens` sees."""
-    patches = tokens.copy()
-    patches[:-1] |= tokens[1:]
-    patches[:, :-1] |= patches[:, 1:].copy()
-    return patches
-
-
-def only_read_by(tokens: BoolArray) -> BoolArray:
-    """Bool [row, column]: patches all of whose readers are among `tokens`."""
-    patches = tokens.copy()
-    patches[:-1] &= tokens[1:]
-    patches[:, :-1] &= patches[:, 1:].copy()
-    return patches
-
-
-def crop_share(tokens: BoolArray) -> float:
-    """Share of the view in a crop around `tokens`, with the token of margin above and to the left that it needs."""
-    rows, columns = np.flatnonzero(tokens.any(axis=1)), np.flatnonzero(tokens.any(axis=0))
-    if not len(rows):
-        return 0.0
-    height = int(rows[-1]) + 1 - max(0, int(rows[0]) - 1)
-    width = int(columns[-1]) + 1 - max(0, int(columns[0]) - 1)
-    return height * width / tokens.size
-
-
-def _by_pixel(patches: BoolArray, patch_px: int, shape: tuple[int, int, int]) -> BoolArray:
-    """Bool [height, width, 1]."""
-    pixels = patches.repeat(patch_px, axis=0)[: shape[0]].repeat(patch_px, axis=1)[:, : shape[1]]
-    return pixels[..., None]
-
-
-def _cell_sums(width_px: int, whole_px: int, cell_px: int) -> Float32Array:
-    """Float32 [whole_px * 3, cells]: sums the numbers of a row of pixels by cell, divided by how many the cell has."""
-    sums = np.zeros((whole_px, 3, whole_px // cell_px), np.float32)
-    for cell in range(whole_px // cell_px):
-        num_columns = min(max(width_px - cell * cell_px, 1), cell_px)
-        sums[cell * cell_px : (cell + 1) * cell_px, :, cell] = 1.0 / (3 * num_columns)
-    return sums.reshape(whole_px * 3, -1)
+    def heed(self, attended: Mapping[str, BoolArray], *, now_s: float) -> None:
+        """From now on these tokens matter: view key -> bool [row, column]."""
+        self._attended, self._heeded_s, self._has_changed = dict(attended), now_s, False
 
 
 def _is_due(now_s: float, last_s: float, period_ms: float) -> bool:

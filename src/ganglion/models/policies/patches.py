@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from ganglion.kernels import cpu
 from ganglion.models.layers import Block, ConvStem, attend
 from ganglion.models.policies.flow import FlowPolicy
 
@@ -48,16 +49,19 @@ def box_around(tokens: Bool[np.ndarray, "row column"]) -> Box | None:
 
 
 def encode_patches(
-    stem: ConvStem,
+    policy: FlowPolicy,
+    view_index: int,
     images: UInt8[Tensor, "b h w 3"],
     old_features: Float[Tensor, "b token width"],
     tokens: Bool[np.ndarray, "b row column"],
 ) -> Float[Tensor, "b token width"]:
-    """`stem(images)` at `tokens` (and around them, up to a box), `old_features` elsewhere; neither input is written.
+    """`policy.encode_view` at `tokens` (and around them, up to a box), `old_features` elsewhere; no input is written.
 
-    Equal to `stem(images)` everywhere when the tokens left out see no pixel that differs from the image behind
+    Equal to `encode_view` everywhere when the tokens left out see no pixel that differs from the image behind
     `old_features`. Crops of one size go in one batch.
     """
+    stem = cast("ConvStem", policy.stems[view_index])
+    position = policy.view_position[view_index].view(*tokens.shape[1:], -1)
     features = old_features.clone(memory_format=torch.contiguous_format)
     by_place = features.view(len(features), *tokens.shape[1:], -1)
     crops: dict[tuple[int, ...], list[tuple[int, Box, Tensor]]] = defaultdict(list)
@@ -67,12 +71,13 @@ def encode_patches(
             crop = _crop(stem, images[index], box)
             crops[*crop.shape, *box.margins].append((index, box, crop))
     for group in crops.values():
-        _fill(stem, by_place, group)
+        _fill(stem, position, by_place, group)
     return features
 
 
 def _fill(
     stem: ConvStem,
+    position: Float[Tensor, "row column width"],
     by_place: Float[Tensor, "b row column width"],
     group: Sequence[tuple[int, Box, UInt8[Tensor, "h w 3"]]],
 ) -> None:
@@ -83,7 +88,8 @@ def _fill(
     pixels = torch.stack([crop for _, _, crop in group]) if group[1:] else group[0][2][None]
     encoded = stem(pixels).view(len(group), *shape, by_place.shape[-1])[:, above:, before:]
     for at, (index, box, _) in enumerate(group):
-        by_place[index, box.top : box.bottom, box.left : box.right] = encoded[at]
+        place = slice(box.top, box.bottom), slice(box.left, box.right)
+        torch.add(encoded[at], position[place], out=by_place[index][place])
 
 
 def _crop(stem: ConvStem, image: UInt8[Tensor, "h w 3"], box: Box) -> UInt8[Tensor, "h2 w2 3"]:
@@ -163,9 +169,11 @@ def view_attention(
     ):
         query, key_value = block.project(hidden)
         keys, values = torch.cat([layer_kv.transpose(1, 2), key_value], dim=1).unbind(2)
-        scores = torch.einsum("bthd,bkhd->bhtk", query, keys) * query.shape[-1] ** -0.5
-        total += scores.float().softmax(dim=-1)[..., first : first + num_seen].mean(dim=(1, 2))
-        hidden = block.finish(hidden, attend(query, keys, values))
+        out, lse = cpu.attend(query, keys, values)
+        scores = torch.einsum("bthd,bkhd->bthk", query, keys[:, first : first + num_seen])
+        weights = (scores.float() * query.shape[-1] ** -0.5 - lse[..., None]).exp()
+        total += weights.mean(dim=(1, 2))
+        hidden = block.finish(hidden, out.flatten(2))
     by_view = total.view(len(x), config.num_views, config.num_view_tokens)
     return by_view / by_view.sum(dim=-1, keepdim=True)
 
