@@ -311,15 +311,16 @@ class ScriptedRobot:
 
     def _converse(self, socket: ClientConnection) -> None:
         task, prompt = TASKS[self._at % len(TASKS)]
-        hello = {
+        hello: dict[str, Any] = {
             "robot_id": f"arm-{self._at + 1}",
             "session_id": session_id(self._at),
             "world": "metaworld",
             "task": task,
             "prompt": prompt,
             "control_hz": 20.0,
-            "can_impair": self._at != 2,
         }
+        if self._at != 2:  # this one cannot
+            hello["impair"] = {"delay_ms": 0.0, "jitter_ms": 0.0, "loss": 0.0}
         socket.send(encode({"hello": hello}))
         start_s, view_s = time.monotonic(), 0.0
         while not self._is_stopping.is_set():

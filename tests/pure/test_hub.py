@@ -19,6 +19,7 @@ from ganglion.serve.side import (
 )
 from ganglion.types import SessionId
 
+AS_IT_IS = {"delay_ms": 0.0, "jitter_ms": 0.0, "loss": 0.0}
 JPEG = b"\xff\xd8\xff" + b"pixels" + b"\xff\xd9"
 
 
@@ -126,7 +127,7 @@ def test_unknown_keys_are_counted_and_remembered_in_bounds() -> None:
 
 def test_a_robot_that_can_is_asked_to_disturb_its_link() -> None:
     hub, ears = Hub(SimulatedClock()), Ears()
-    robot = join(hub, ears, can_impair=True)
+    robot = join(hub, ears, impair=AS_IT_IS)
     assert robot.impair == Impair()
     hub.impair(SessionId("s-1"), Impair(delay_ms=200.0, jitter_ms=50.0, loss=0.1))
     assert [impair.message() for impair in ears.impairs] == [
@@ -135,14 +136,16 @@ def test_a_robot_that_can_is_asked_to_disturb_its_link() -> None:
     assert robot.impair == ears.impairs[-1]
 
 
-def test_a_connection_starts_with_its_link_as_it_is() -> None:
+def test_what_a_link_is_like_is_the_robots_own_word() -> None:
     hub = Hub(SimulatedClock())
-    join(hub, can_impair=True)
+    join(hub, impair=AS_IT_IS)
     hub.impair(SessionId("s-1"), Impair(loss=0.5))
-    assert join(hub, can_impair=True).impair == Impair()
+    assert join(hub, impair={**AS_IT_IS, "delay_ms": 80}).impair == Impair(delay_ms=80.0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"can_impair": False}, {"session_id": "other"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"impair": None}, {"session_id": "other", "impair": {**AS_IT_IS}}]
+)
 def test_a_robot_that_cannot_disturb_its_link_is_not_asked(changes: dict[str, Any]) -> None:
     hub, ears = Hub(SimulatedClock()), Ears()
     join(hub, ears, **changes)
@@ -243,7 +246,8 @@ def test_a_message_of_the_wrong_kind_is_refused(message: dict[str, Any]) -> None
     "changes",
     [
         {"session_id": ""}, {"robot_id": "r" * 129}, {"robot_id": 4}, {"control_hz": 0.0},
-        {"control_hz": 1001.0}, {"can_impair": "yes"}, {"world": "w" * 65}, {"prompt": None},
+        {"control_hz": 1001.0}, {"impair": True}, {"impair": {}},
+        {"impair": {"delay_ms": 1.0, "jitter_ms": 0.0, "loss": 3.0}}, {"world": "w" * 65}, {"prompt": None},
     ],
 )  # fmt: skip
 def test_a_bad_hello_admits_nobody(changes: dict[str, Any]) -> None:

@@ -255,7 +255,7 @@ def test_numbers_that_json_cannot_say_become_null() -> None:
 def hub() -> Hub:
     """One robot, that of session "a"; it can disturb its link."""
     made = Hub(SimulatedClock())
-    join(made, "a", "arm-a", can_impair=True)
+    join(made, "a", "arm-a", impair={"delay_ms": 0.0, "jitter_ms": 0.0, "loss": 0.0})
     return made
 
 

@@ -14,7 +14,9 @@ Robot -> server
         "world": str, "task": str,           0..64 bytes each: "metaworld", "drawer-open"
         "prompt": str,                       the robot's own instruction, 0..4096 bytes
         "control_hz": float,                 the rate that it wants to hold, 0 < hz <= 1000
-        "can_impair": bool?,                 it obeys `impair`; absent: it does not
+        "impair": {"delay_ms": float, "jitter_ms": float, "loss": float}?
+                                             how bad it makes its own link just now; its presence
+                                             says that it obeys `impair` below
     }}
     then    {"telemetry": {                  10 a second while watched, else 1; the newest wins
         "tick": int,                         control ticks run since the robot started
@@ -44,9 +46,9 @@ Server -> robot
                                              when many share a machine). Until then: nobody does
     {"type": "impair", "delay_ms": float, "jitter_ms": float, "loss": float}
                                              only to a robot that can: make your own link to the
-                                             server this bad from now on, until the next one or
-                                             until this connection ends. delay_ms are added to the
-                                             round trip, half on each way, and up to jitter_ms more
+                                             server this bad until the next one, and say so in later
+                                             hellos. delay_ms are added to the round trip, half on
+                                             each way, and up to jitter_ms more on top
                                              (0..2000 both); on either way a share `loss` (0..1) of
                                              the messages is lost. All zero: as it is
     {"error": {"code": str, "message": str, "next_step": str}}
@@ -62,7 +64,7 @@ else reconnects with a growing pause. The hub forgets a robot when its connectio
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ganglion.clock import Clock
@@ -94,8 +96,8 @@ class Robot:
     hello: Hello
     tell: Callable[[Watch | Impair], None]
     take_over: Callable[[], None]
+    impair: Impair | None  # what it does to its link; None: it cannot
     watch: Watch | None = None  # what it was told last
-    impair: Impair = field(default_factory=Impair)  # likewise
     telemetry: Telemetry | None = None
     telemetry_s: float = -math.inf
     jpeg: bytes | None = None
@@ -154,7 +156,7 @@ class Hub:
             old.take_over()
         if len(self._robots) >= self._max_robots:
             raise OverloadedError("the side channel", limit=self._max_robots, retry_after_s=5.0)
-        robot = Robot(hello=hello, tell=tell, take_over=take_over)
+        robot = Robot(hello=hello, tell=tell, take_over=take_over, impair=hello.impair)
         self._robots[hello.session_id] = robot
         self._tell_all()
         return robot
@@ -171,7 +173,7 @@ class Hub:
     def impair(self, session_id: SessionId, impair: Impair) -> None:
         """Ask the robot that speaks for the session to make its link this bad. Raises FieldError when it cannot."""
         robot = self._robots.get(session_id)
-        if robot is None or not robot.hello.can_impair:
+        if robot is None or robot.impair is None:
             raise FieldError(
                 "session_id",
                 expected="a session whose robot can disturb its own link",

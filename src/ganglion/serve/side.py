@@ -25,6 +25,28 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Impair:
+    """How bad a robot is asked to make its own link to the server; all zero: as it is.
+
+    Milliseconds are of the round trip, half of them on each way; jitter is up to so much more, drawn anew for each
+    message. `loss`: share of the messages, on either way, that never arrive.
+    """
+
+    delay_ms: float = 0.0
+    jitter_ms: float = 0.0
+    loss: float = 0.0
+
+    def message(self) -> dict[str, Any]:
+        """As it goes to the robot."""
+        return {
+            "type": "impair",
+            "delay_ms": self.delay_ms,
+            "jitter_ms": self.jitter_ms,
+            "loss": self.loss,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """Who a robot says it is."""
 
@@ -34,7 +56,7 @@ class Hello:
     task: str
     prompt: str
     control_hz: float
-    can_impair: bool = False
+    impair: Impair | None  # how bad it makes its own link; None: it cannot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,28 +89,6 @@ class Watch:
     def message(self) -> dict[str, Any]:
         """As it goes to the robot."""
         return {"watch": self.is_watched, "max_view_hz": self.max_view_hz}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Impair:
-    """How bad a robot is asked to make its own link to the server; all zero: as it is.
-
-    Milliseconds are of the round trip, half of them on each way; jitter is up to so much more, drawn anew for each
-    message. `loss`: share of the messages, on either way, that never arrive.
-    """
-
-    delay_ms: float = 0.0
-    jitter_ms: float = 0.0
-    loss: float = 0.0
-
-    def message(self) -> dict[str, Any]:
-        """As it goes to the robot."""
-        return {
-            "type": "impair",
-            "delay_ms": self.delay_ms,
-            "jitter_ms": self.jitter_ms,
-            "loss": self.loss,
-        }
 
 
 # kind -> the fields its body may have; a view's body is bare bytes
@@ -127,7 +127,7 @@ def parse_hello(message: Message) -> Hello:
         task=_label(body, "hello.task"),
         prompt=_prompt(body, "hello.prompt"),
         control_hz=_control_hz(body, "hello.control_hz"),
-        can_impair=bool(_optional(_truth, body, "hello.can_impair")),
+        impair=_optional(_impair, body, "hello.impair"),
     )
 
 
@@ -191,6 +191,13 @@ def _get(body: Message, field: str) -> object:
 
 def _optional(parse: Callable[[Message, str], T], body: Message, field: str) -> T | None:
     return None if body.get(field.rpartition(".")[2]) is None else parse(body, field)
+
+
+def _impair(body: Message, field: str) -> Impair:
+    impair = _get(body, field)
+    if not isinstance(impair, Mapping):
+        _refuse(field, "a map", describe(impair))
+    return parse_impair(impair)
 
 
 def _text(body: Message, field: str, min_bytes: int, max_bytes: int) -> str:

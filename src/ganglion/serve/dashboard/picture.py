@@ -205,7 +205,7 @@ def _robot(robot: Robot, now_s: float) -> dict[str, Any]:
         "task": hello.task,
         "prompt": hello.prompt,
         "control_hz": _round(hello.control_hz),
-        "impair": _impair(robot.impair) if hello.can_impair else None,
+        "impair": None if robot.impair is None else _impair(robot.impair),
         "telemetry": None,
     }
     if telemetry is None:
