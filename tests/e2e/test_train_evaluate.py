@@ -13,9 +13,16 @@ from ganglion.robots.metaworld import TASKS
 from ganglion.train.card import CARD_FILE, RESULTS_FILE
 from ganglion.train.corrections import CorrectConfig
 from ganglion.train.demonstrations import CollectConfig
-from ganglion.train.evaluate import EvaluateConfig, Instruction, TaskResult, evaluate
+from ganglion.train.evaluate import (
+    EvaluateConfig,
+    Instruction,
+    TaskResult,
+    evaluate,
+    evaluate_each,
+)
 from ganglion.train.fit import FitConfig
 from ganglion.train.recipe import CorrectionRound, RecipeConfig, Report, run_recipe
+from ganglion.types import Execution
 
 SHIPPED = policy_folder("metaworld-ten")
 QUICK = EvaluateConfig(
@@ -23,17 +30,29 @@ QUICK = EvaluateConfig(
 )
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{}, {"delay_ticks": 0}, {"delay_ticks": 4, "has_action_prefix": True}],
-    ids=["delayed", "undelayed", "prefix"],
-)
-def test_the_shipped_policy_closes_half_open_drawers(change: dict[str, int | bool]) -> None:
-    heard: list[TaskResult] = []
-    (result,) = evaluate(replace(QUICK, **change), SHIPPED, heard.append)
-    assert heard == [result]
-    assert result.success_rate == 1.0
-    assert all(ticks is not None and ticks > 5 for ticks in result.solved_ticks.values())
+def test_the_shipped_policy_closes_half_open_drawers_in_every_mode() -> None:
+    late = replace(QUICK, delay_ticks=4, ticks_per_chunk=4)
+    configs = [
+        QUICK,
+        replace(QUICK, delay_ticks=0),
+        *(replace(late, execution=mode) for mode in Execution),
+        replace(QUICK, delay_ticks=8, execution=Execution.PREFIX, is_context_public=True),
+    ]
+    heard: list[tuple[int, TaskResult]] = []
+    found = evaluate_each(configs, SHIPPED, lambda at, result: heard.append((at, result)))
+    assert heard == [(at, result) for at, (result,) in enumerate(found)]
+    for config, (result,) in zip(configs, found, strict=True):
+        assert result.success_rate == 1.0, config
+        assert all(ticks is not None and ticks > 5 for ticks in result.solved_ticks.values())
+        assert result.switch_jump > 0.0
+        assert result.jerk > 0.0
+    assert len({tuple(result.solved_ticks.items()) for (result,) in found}) > 5, "modes differ"
+
+
+def test_configs_that_share_processes_agree_on_what_they_share() -> None:
+    other = replace(QUICK, dtype="float32")
+    with pytest.raises(FieldError, match="dtype: expected the same in all configs"):
+        evaluate_each([QUICK, other], SHIPPED, lambda _, __: None)
 
 
 def test_told_the_opposite_it_does_not() -> None:

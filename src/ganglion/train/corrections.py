@@ -149,5 +149,4 @@ def _glance(row: dict[str, Any], prompt: str, noise_seed: int) -> Glance:
         state=views[STATE_KEY],
         prompt=prompt,
         noise_seed=noise_seed,
-        prefix=np.empty((0, 4), np.float32),
     )

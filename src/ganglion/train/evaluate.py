@@ -1,12 +1,11 @@
 """Evaluate: closed-loop episodes in process, many arms to a forward, with the delay that a server adds.
 
-Owns the success tables. Called by the CLI. Knows no server: the same figures through the server are `ganglion bench
-control`. The chunk is planned anew every `ticks_per_chunk` ticks from the newest picture; it arrives `delay_ticks`
-later and its rows are executed at the ticks they were meant for.
+Owns the success tables and the processes that fill them. Called by the CLI, the recipe and `bench delay`. Knows no server:
+the same figures through the server are `ganglion bench control`. What becomes of a late chunk: `rollout`.
 """
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,18 +16,11 @@ import torch
 from ganglion.errors import FieldError
 from ganglion.models.policies.flow_checkpoint import load_flow_checkpoint
 from ganglion.models.registry import DTYPES
-from ganglion.robots.metaworld import (
-    ACTION_DIM,
-    MAX_TICKS,
-    STATE_KEY,
-    TASKS,
-    UNSEEN_SEEDS,
-    VIEW_KEYS,
-    MetaWorld,
-    task_named,
-)
-from ganglion.train.actor import Actor, Glance
-from ganglion.types import Float32Array
+from ganglion.robots.catalog import Arm, check_world, open_arm
+from ganglion.robots.metaworld import MAX_TICKS, TASKS, UNSEEN_SEEDS, task_named
+from ganglion.train.actor import Actor
+from ganglion.train.rollout import Episode, RolloutConfig, mean_square, run_episodes
+from ganglion.types import Execution
 
 
 class Instruction(StrEnum):
@@ -40,29 +32,48 @@ class Instruction(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig:
-    """Which episodes, and how the chunk is used."""
+    """Which episodes, and how the chunks are used. `world`: name in `robots.catalog` of the world that has the tasks."""
 
+    world: str = "metaworld"
     tasks: tuple[str, ...] = tuple(TASKS)
     seeds: tuple[int, ...] = tuple(UNSEEN_SEEDS)
     instruction: Instruction = Instruction.OWN
+    execution: Execution = Execution.NAIVE
     ticks_per_chunk: int = 3
     delay_ticks: int = 1
+    is_context_public: bool = False
     max_ticks: int = MAX_TICKS
     num_flow_steps: int = 5
-    has_action_prefix: bool = False  # tell the policy which actions will run during the delay
     dtype: str = "bfloat16"
     num_parallel: int = 10
     num_workers: int = 2
     num_threads: int = 1
 
+    @property
+    def rollout(self) -> RolloutConfig:
+        """What each episode needs of it."""
+        return RolloutConfig(
+            execution=self.execution,
+            ticks_per_chunk=self.ticks_per_chunk,
+            delay_ticks=self.delay_ticks,
+            is_context_public=self.is_context_public,
+            max_ticks=self.max_ticks,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
-    """Episodes of one task. `solved_ticks`: seed -> ticks to success, None when it was not solved."""
+    """Episodes of one task. `solved_ticks`: seed -> ticks to success, None when it was not solved.
+
+    `switch_jump`: mean squared change of the motion at the ticks at which a new chunk took over; `jerk`: mean squared
+    second difference of the motion over all ticks. Actions are the unit.
+    """
 
     task: str
     prompt: str
     solved_ticks: dict[int, int | None]
+    switch_jump: float = 0.0
+    jerk: float = 0.0
 
     @property
     def success_rate(self) -> float:
@@ -81,17 +92,42 @@ def evaluate(
     config: EvaluateConfig, checkpoint_dir: Path, on_result: Callable[[TaskResult], None]
 ) -> tuple[TaskResult, ...]:
     """Run all episodes; `on_result` hears of each task as it ends. Opposite instructions need tasks that have one."""
-    for name in config.tasks:
-        if config.instruction is Instruction.OPPOSITE and task_named(name).opposite is None:
-            raise FieldError("tasks", expected="tasks with an opposite", got=name)
-    results: list[TaskResult] = []
+    (results,) = evaluate_each([config], checkpoint_dir, lambda _, result: on_result(result))
+    return results
+
+
+def evaluate_each(
+    configs: Sequence[EvaluateConfig],
+    checkpoint_dir: Path,
+    on_result: Callable[[int, TaskResult], None],
+) -> tuple[tuple[TaskResult, ...], ...]:
+    """The results of each config, by task. They share worlds, network and processes, so they differ in use of chunks only.
+
+    `on_result` hears the place of the config and the result of a task, a whole task at a time.
+    """
+    first = configs[0]
+    for config in configs:
+        same = ("world", "tasks", "num_flow_steps", "dtype", "num_parallel", "num_workers")
+        for name in (*same, "num_threads"):
+            if getattr(config, name) != getattr(first, name):
+                got = f"{getattr(first, name)} and {getattr(config, name)}"
+                raise FieldError(name, expected="the same in all configs", got=got)
+        for name in config.tasks:
+            check_world(f"{config.world}:{name}")
+            if config.instruction is Instruction.OPPOSITE and task_named(name).opposite is None:
+                raise FieldError("tasks", expected="tasks with an opposite", got=name)
+    results: dict[int, dict[str, TaskResult]] = {at: {} for at in range(len(configs))}
+    orders = [
+        _Order(configs=tuple(configs), task=name, checkpoint_dir=str(checkpoint_dir))
+        for name in first.tasks
+    ]
     # spawn: a forked child would share the parent's GL context
-    with multiprocessing.get_context("spawn").Pool(config.num_workers, maxtasksperchild=1) as pool:
-        orders = [(config, name, str(checkpoint_dir)) for name in config.tasks]
-        for result in pool.imap_unordered(_evaluate_task, orders, chunksize=1):
-            results.append(result)
-            on_result(result)
-    return tuple(sorted(results, key=lambda result: config.tasks.index(result.task)))
+    with multiprocessing.get_context("spawn").Pool(first.num_workers, maxtasksperchild=1) as pool:
+        for of_task in pool.imap_unordered(_evaluate_task, orders, chunksize=1):
+            for at, result in enumerate(of_task):
+                results[at][result.task] = result
+                on_result(at, result)
+    return tuple(tuple(of_config[name] for name in first.tasks) for of_config in results.values())
 
 
 def ambiguous_tasks() -> tuple[str, ...]:
@@ -99,82 +135,49 @@ def ambiguous_tasks() -> tuple[str, ...]:
     return tuple(name for name, task in TASKS.items() if task.opposite is not None)
 
 
-def _evaluate_task(order: tuple[EvaluateConfig, str, str]) -> TaskResult:
-    config, name, checkpoint_dir = order
-    torch.set_num_threads(config.num_threads)
-    checkpoint = load_flow_checkpoint(Path(checkpoint_dir), dtype=DTYPES[config.dtype])
-    actor = Actor(checkpoint, num_flow_steps=config.num_flow_steps)
-    task = TASKS[name]
-    prompt = task.prompt
-    if config.instruction is Instruction.OPPOSITE:
-        assert task.opposite is not None, name
-        prompt = TASKS[task.opposite].prompt
-    worlds = [MetaWorld(task=name) for _ in range(min(config.num_parallel, len(config.seeds)))]
-    solved: dict[int, int | None] = {}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """One task under every config: the work of one process."""
+
+    configs: tuple[EvaluateConfig, ...]
+    task: str
+    checkpoint_dir: str
+
+
+def _evaluate_task(order: _Order) -> list[TaskResult]:
+    first = order.configs[0]
+    torch.set_num_threads(first.num_threads)
+    checkpoint = load_flow_checkpoint(Path(order.checkpoint_dir), dtype=DTYPES[first.dtype])
+    actor = Actor(checkpoint, num_flow_steps=first.num_flow_steps)
+    num_arms = min(first.num_parallel, max(len(config.seeds) for config in order.configs))
+    arms = [open_arm(f"{first.world}:{order.task}") for _ in range(num_arms)]
     try:
-        for start in range(0, len(config.seeds), len(worlds)):
-            wave = config.seeds[start : start + len(worlds)]
-            arms = [
-                _Arm(world, seed, prompt, config) for world, seed in zip(worlds, wave, strict=False)
-            ]
-            _run_wave(arms, actor, config)
-            solved |= {arm.seed: arm.world.num_ticks if arm.world.success else None for arm in arms}
+        return [_evaluate_one(config, order.task, arms, actor) for config in order.configs]
     finally:
-        for world in worlds:
-            world.close()
-    return TaskResult(task=name, prompt=prompt, solved_ticks=solved)
+        for arm in arms:
+            arm.world.close()
 
 
-def _run_wave(arms: list["_Arm"], actor: Actor, config: EvaluateConfig) -> None:
-    for arm in arms:
-        arm.world.reset(arm.seed)
-    for tick in range(config.max_ticks):
-        active = [arm for arm in arms if not arm.world.success]
-        if not active:
-            return
-        if tick % config.ticks_per_chunk == 0:
-            chunks = actor.act([arm.glance(tick) for arm in active])
-            for arm, chunk in zip(active, chunks, strict=True):
-                arm.expect(tick, chunk)
-        for arm in active:
-            arm.advance(tick)
-
-
-class _Arm:
-    """One episode: its world and the chunks under way."""
-
-    def __init__(self, world: MetaWorld, seed: int, prompt: str, config: EvaluateConfig) -> None:
-        self.world, self.seed = world, seed
-        self._prompt, self._config = prompt, config
-        self._arriving: list[
-            tuple[int, Float32Array]
-        ] = []  # (tick of the observation, chunk), oldest first
-        self._current: tuple[int, Float32Array] | None = None
-
-    def glance(self, tick: int) -> Glance:
-        views = self.world.observe()
-        return Glance(
-            images=np.stack([views[key] for key in VIEW_KEYS]).astype(np.uint8),
-            state=np.asarray(views[STATE_KEY], np.float32),
-            prompt=self._prompt,
-            noise_seed=self.seed * MAX_TICKS + tick,
-            prefix=self._committed(tick),
-        )
-
-    def _committed(self, tick: int) -> Float32Array:
-        """What will be executed until the chunk planned now arrives."""
-        if not self._config.has_action_prefix or self._current is None:
-            return np.empty((0, ACTION_DIM), np.float32)
-        first = tick - self._current[0]
-        return self._current[1][first : first + self._config.delay_ticks]
-
-    def expect(self, tick: int, chunk: Float32Array) -> None:
-        self._arriving.append((tick, chunk))
-
-    def advance(self, tick: int) -> None:
-        while self._arriving and self._arriving[0][0] + self._config.delay_ticks <= tick:
-            self._current = self._arriving.pop(0)
-        action = np.zeros(ACTION_DIM, np.float32)  # holds still until the first chunk is there
-        if self._current is not None:
-            action = self._current[1][tick - self._current[0]]
-        self.world.apply(action)
+def _evaluate_one(
+    config: EvaluateConfig, task: str, arms: Sequence[Arm], actor: Actor
+) -> TaskResult:
+    prompt = TASKS[task].prompt
+    if config.instruction is Instruction.OPPOSITE:
+        opposite = TASKS[task].opposite
+        assert opposite is not None, task
+        prompt = TASKS[opposite].prompt
+    episodes: list[Episode] = []
+    for start in range(0, len(config.seeds), len(arms)):
+        wave = [
+            Episode(arm, seed, prompt, config.rollout)
+            for arm, seed in zip(arms, config.seeds[start : start + len(arms)], strict=False)
+        ]
+        run_episodes(wave, actor)
+        episodes += wave
+    return TaskResult(
+        task=task,
+        prompt=prompt,
+        solved_ticks={episode.seed: episode.solved_tick for episode in episodes},
+        switch_jump=mean_square(jump for e in episodes for jump in e.switch_jumps()),
+        jerk=mean_square(jerk for e in episodes for jerk in e.jerks()),
+    )
