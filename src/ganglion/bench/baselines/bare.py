@@ -16,7 +16,7 @@ class BareModel:
     """Runs whole requests; instructions are encoded once and kept, as the engine's shared pages are."""
 
     def __init__(self, model: Model) -> None:
-        self._model = model
+        self._model, self.spec = model, model.spec
         self._known: dict[bytes, Tensor] = {}
         views = {name for stage in model.stages for name in stage.reads}
         self._cached_stages = {
