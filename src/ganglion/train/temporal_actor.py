@@ -78,8 +78,13 @@ class TemporalActor:
         return ArmMemory(history=History(self._history), hidden=hidden)
 
     @torch.inference_mode()
-    def act(self, sights: Sequence[Sight], memories: Sequence[ArmMemory]) -> Float32Array:
-        """Chunks [row, horizon, action_dim] in the robot's units."""
+    def act(self, sights: Sequence[Sight], of_arms: Sequence[ArmMemory | None]) -> Float32Array:
+        """Chunks [row, horizon, action_dim] in the robot's units. Raises ValueError for an arm without a memory."""
+        memories = [memory for memory in of_arms if memory is not None]
+        if len(memories) != len(sights):
+            raise ValueError(
+                f"{len(sights)} sights, {len(memories)} memories: each arm needs its own"
+            )
         policy, flow = self._policy, self._policy.flow
         features = flow.encode_views(torch.from_numpy(np.stack([sight.images for sight in sights])))
         state = self._processor.state(np.stack([sight.state for sight in sights]))

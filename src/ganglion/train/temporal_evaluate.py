@@ -5,18 +5,21 @@ and arrives `delay_ticks` later, as in `train.evaluate`; the memory sees every o
 """
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from ganglion.memory.retention.history import HistoryConfig
-from ganglion.models.policies.temporal_checkpoint import load_temporal_checkpoint
+from ganglion.models.policies.temporal_checkpoint import load_base, load_temporal_checkpoint
 from ganglion.models.registry import DTYPES
 from ganglion.robots.hidden import HIDDEN_TASKS, HiddenGoal
 from ganglion.robots.metaworld import ACTION_DIM, MAX_TICKS, STATE_KEY, UNSEEN_SEEDS, VIEW_KEYS
+from ganglion.robots.world import World
+from ganglion.train.actor import Actor, Glance
 from ganglion.train.evaluate import TaskResult
 from ganglion.train.temporal_actor import ArmMemory, Roads, Sight, TemporalActor
 from ganglion.types import Float32Array
@@ -24,15 +27,21 @@ from ganglion.types import Float32Array
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recollection:
-    """One column of the table: which roads are open, and what the history keeps of its pages."""
+    """One column of the table: which roads are open, and what the history keeps of its pages.
+
+    `roads` None: the base policy, which never had a memory. `is_shown`: the goal stays visible, as in its training.
+    """
 
     name: str
-    roads: Roads
+    roads: Roads | None
     history: HistoryConfig | None = None
+    is_shown: bool = False
 
 
 # Seven places each, but for the short one, whole or encoded; a window keeps the newest whatever attention says.
 RECOLLECTIONS = (
+    Recollection(name="base, goal shown", roads=None, is_shown=True),
+    Recollection(name="base", roads=None),
     Recollection(name="none", roads=Roads.NONE),
     Recollection(name="history", roads=Roads.HISTORY),
     Recollection(
@@ -96,20 +105,17 @@ def _evaluate_task(
 ) -> tuple[str, TaskResult]:
     config, recollection, task, checkpoint_dir = order
     torch.set_num_threads(1)
-    checkpoint = load_temporal_checkpoint(Path(checkpoint_dir), dtype=DTYPES[config.dtype])
-    actor = TemporalActor(
-        checkpoint,
-        num_flow_steps=config.num_flow_steps,
-        roads=recollection.roads,
-        history=recollection.history,
-    )
+    driver = _driver(Path(checkpoint_dir), recollection, config)
     worlds = [HiddenGoal(task=task) for _ in range(min(config.num_parallel, len(config.seeds)))]
     solved: dict[int, int | None] = {}
     try:
         for first in range(0, len(config.seeds), len(worlds)):
             wave = config.seeds[first : first + len(worlds)]
-            arms = [Arm(w, seed, actor.new_memory()) for w, seed in zip(worlds, wave, strict=False)]
-            run_wave(arms, actor, config)
+            arms = [
+                Arm(w.inner if recollection.is_shown else w, seed, driver.new_memory())
+                for w, seed in zip(worlds, wave, strict=False)
+            ]
+            run_wave(arms, driver, config)
             solved |= {arm.seed: arm.world.num_ticks if arm.world.success else None for arm in arms}
         prompt = worlds[0].prompt
     finally:
@@ -118,7 +124,58 @@ def _evaluate_task(
     return recollection.name, TaskResult(task=task, prompt=prompt, solved_ticks=solved)
 
 
-def run_wave(arms: list["Arm"], actor: TemporalActor, config: TemporalEvaluateConfig) -> None:
+class Driver(Protocol):
+    """A policy that drives arms, each with its memory."""
+
+    def new_memory(self) -> ArmMemory | None:
+        """The memory of an episode that begins; None for a policy without one."""
+        ...
+
+    def act(self, sights: Sequence[Sight], memories: Sequence[ArmMemory | None]) -> Float32Array:
+        """One chunk [horizon, action_dim] for each."""
+        ...
+
+
+class _Forgetful:
+    """The base policy: every observation is its first."""
+
+    def __init__(self, actor: Actor) -> None:
+        self._actor = actor
+
+    def new_memory(self) -> None:
+        return None
+
+    def act(self, sights: Sequence[Sight], memories: Sequence[ArmMemory | None]) -> Float32Array:
+        assert not any(memories), "the base policy has no memory"
+        return self._actor.act(
+            [
+                Glance(
+                    images=sight.images,
+                    state=sight.state,
+                    prompt=sight.prompt,
+                    noise_seed=sight.noise_seed,
+                )
+                for sight in sights
+            ]
+        )
+
+
+def _driver(
+    checkpoint_dir: Path, recollection: Recollection, config: TemporalEvaluateConfig
+) -> Driver:
+    dtype = DTYPES[config.dtype]
+    if recollection.roads is None:
+        base = load_base(checkpoint_dir, dtype=dtype)
+        return _Forgetful(Actor(base, num_flow_steps=config.num_flow_steps))
+    return TemporalActor(
+        load_temporal_checkpoint(checkpoint_dir, dtype=dtype),
+        num_flow_steps=config.num_flow_steps,
+        roads=recollection.roads,
+        history=recollection.history,
+    )
+
+
+def run_wave(arms: list["Arm"], driver: Driver, config: TemporalEvaluateConfig) -> None:
     """One episode of every arm, side by side."""
     for arm in arms:
         arm.world.reset(arm.seed)
@@ -127,7 +184,7 @@ def run_wave(arms: list["Arm"], actor: TemporalActor, config: TemporalEvaluateCo
         if not active:
             return
         if tick % config.ticks_per_chunk == 0:
-            chunks = actor.act([arm.sight(tick) for arm in active], [a.memory for a in active])
+            chunks = driver.act([arm.sight(tick) for arm in active], [a.memory for a in active])
             for arm, chunk in zip(active, chunks, strict=True):
                 arm.expect(tick, chunk)
         for arm in active:
@@ -137,7 +194,7 @@ def run_wave(arms: list["Arm"], actor: TemporalActor, config: TemporalEvaluateCo
 class Arm:
     """One episode: its world, its memory and the chunks under way."""
 
-    def __init__(self, world: HiddenGoal, seed: int, memory: ArmMemory) -> None:
+    def __init__(self, world: World, seed: int, memory: ArmMemory | None) -> None:
         self.world, self.seed, self.memory = world, seed, memory
         self._arriving: list[tuple[int, Float32Array]] = []  # (tick of the observation, chunk)
         self._current: tuple[int, Float32Array] | None = None

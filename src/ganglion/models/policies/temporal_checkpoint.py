@@ -59,15 +59,8 @@ def load_temporal_checkpoint(
     folder: Path, *, dtype: torch.dtype = torch.bfloat16
 ) -> TemporalCheckpoint:
     """Read a checkpoint folder and its base. Raises CheckpointError naming the file and key that does not fit."""
-    path = folder / CONFIG_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable config: {error}") from error
-    if not isinstance(content, dict) or content.get("type") != TEMPORAL_TYPE:
-        got = content.get("type") if isinstance(content, dict) else content
-        raise CheckpointError(f"{path}: type: expected {TEMPORAL_TYPE!r}, got {got!r}")
-    base = _base(path, content, dtype)
+    path, content = folder / CONFIG_FILE, _content(folder)
+    base = load_base(folder, dtype=dtype)
     policy = TemporalPolicy.from_flow(base.policy, _memory_config(path, content)).to(dtype)
     _load_trained(policy, folder / WEIGHTS_FILE)
     policy.eval().requires_grad_(requires_grad=False)
@@ -78,17 +71,31 @@ def load_temporal_checkpoint(
     return TemporalCheckpoint(policy=policy, processor=base.processor, spec=spec)
 
 
-def _base(path: Path, content: dict[str, Any], dtype: torch.dtype) -> FlowCheckpoint:
+def load_base(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> FlowCheckpoint:
+    """The flow checkpoint that the one in `folder` rests on. Raises CheckpointError when it is another."""
+    path, content = folder / CONFIG_FILE, _content(folder)
     base_dir, version = content.get("base"), content.get("base_version")
     if not isinstance(base_dir, str) or not base_dir:
         raise CheckpointError(f"{path}: base: expected a folder, got {base_dir!r}")
-    base = load_flow_checkpoint(path.parent / base_dir, dtype=dtype)
+    base = load_flow_checkpoint(folder / base_dir, dtype=dtype)
     if base.spec.version != version:
         raise CheckpointError(
             f"{path}: base_version: expected {version!r}, {base_dir} has {base.spec.version!r}",
             next_step="the memory was trained for other weights: train it again for this base",
         )
     return base
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable config: {error}") from error
+    if not isinstance(content, dict) or content.get("type") != TEMPORAL_TYPE:
+        got = content.get("type") if isinstance(content, dict) else content
+        raise CheckpointError(f"{path}: type: expected {TEMPORAL_TYPE!r}, got {got!r}")
+    return content
 
 
 def _memory_config(path: Path, content: dict[str, Any]) -> TemporalConfig:
