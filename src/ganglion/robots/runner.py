@@ -132,7 +132,11 @@ class Runner:
                     "control_hz": config.loop.rate_hz,
                 }
                 self._side = SideChannel(
-                    config.url, hello=hello, on_impair=link.impair, api_key=config.api_key
+                    config.url,
+                    hello=hello,
+                    impairment=config.impairment,
+                    on_impair=link.impair,
+                    api_key=config.api_key,
                 )
                 self._loop.attach(self._side)
             self._loop.prepare(arm, plan)

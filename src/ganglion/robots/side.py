@@ -44,13 +44,14 @@ class SideChannel:
         url: str,
         *,
         hello: dict[str, Any],
+        impairment: Impairment,
         on_impair: Callable[[Impairment], None],
         api_key: str | None = None,
     ) -> None:
-        """`on_impair`: called on the channel's own thread."""
+        """`impairment`: of the link now. `on_impair`: called on the channel's own thread."""
         self._url = urlunsplit(urlsplit(url)._replace(path=PATH, query=""))
         self._headers = {} if api_key is None else {"Authorization": f"Api-Key {api_key}"}
-        self._hello, self._on_impair = hello, on_impair
+        self._hello, self._impairment, self._on_impair = hello, impairment, on_impair
         self._clock: Clock = RealClock()
         self._save_jpeg = _jpeg_encoder()
         self._changed = threading.Condition()
@@ -125,7 +126,8 @@ class SideChannel:
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
     def _converse(self, socket: ClientConnection) -> None:
-        socket.send(wire.encode({"hello": self._hello}))
+        hello = {**self._hello, "impair": self._impairment.to_json()}
+        socket.send(wire.encode({"hello": hello}))
         while not self._is_closed.is_set():
             with self._changed:
                 if self._telemetry is None and self._view is None:
@@ -160,6 +162,7 @@ class SideChannel:
             logger.warning("side channel: %s", error)
         else:
             logger.info("side channel: the link becomes %s", impairment)
+            self._impairment = impairment
             self._on_impair(impairment)
 
 
