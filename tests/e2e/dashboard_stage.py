@@ -294,6 +294,7 @@ class ScriptedRobot:
         self.is_watched, self._max_view_hz = False, 1.0
         self.num_views = 0
         self.impairs: list[dict[str, Any]] = []
+        self._delay_ms = 0.0
         self._thread = threading.Thread(target=self._run, name=f"robot-{at}", daemon=True)
         self._thread.start()
 
@@ -343,6 +344,7 @@ class ScriptedRobot:
             assert "error" not in message, message
             if message.get("type") == "impair":
                 self.impairs.append(message)
+                self._delay_ms = message["delay_ms"]
                 continue
             self.is_watched, self._max_view_hz = message["watch"], message["max_view_hz"]
 
@@ -371,7 +373,7 @@ class ScriptedRobot:
             "num_successes": max(0, episode - (self._at == 3)),
             "is_success": age_s % 9 > 7,
             "reply_prompt": self._service.prompt(self._at),
-            "latency_ms": 19.0 + 3 * math.sin(age_s),
+            "latency_ms": 168.0 + 9 * math.sin(age_s) + self._delay_ms,
         }
 
 

@@ -1,7 +1,7 @@
 // Every chunk of the last seconds, put together from the rows of engine steps: when it perceived, when each flow step
 // ran, and which version of its robot's context that step read. Draws nothing.
 
-const KEEP_S = 8;
+const KEEP_S = 5;
 const WINDOWS_S = [0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 1, 1.5, 2.5, 4];
 const SPANS_SHOWN = 2; // at least so many chunks' lengths in a window,
 const LAUNCHES_SHOWN = 3; // and so many launches
@@ -73,12 +73,12 @@ export class Chunks {
   }
 
   #forget(cards) {
+    const oldestS = this.#nowS - KEEP_S;
     for (const [card, chunks] of this.#byCard) {
-      const kept = cards.has(card) ? chunks.filter((chunk) => !chunk.isOver || chunk.endS > this.#nowS - KEEP_S) : [];
-      if (kept.length === chunks.length) continue;
-      for (const chunk of chunks) if (!kept.includes(chunk)) this.#byRequest.delete(chunk.request);
-      if (kept.length) this.#byCard.set(card, kept);
-      else this.#byCard.delete(card);
+      while (chunks.length && (!cards.has(card) || (chunks[0].isOver && chunks[0].endS < oldestS))) {
+        this.#byRequest.delete(chunks.shift().request);
+      }
+      if (!chunks.length) this.#byCard.delete(card);
     }
   }
 
