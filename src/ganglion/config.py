@@ -50,9 +50,16 @@ class PipelineConfig:
 
     degree: int = 0  # chunks of one robot under way at once; 0 = tuned on this machine
     max_degree: int = 6  # of the tuned ones
-    max_age_ms: float = 250.0  # the tuner's bound of an observation's age when its first action is due
-    context: str = "public"  # "public": chunks under way see newer observations; "private": their own only
-    warm_start: float = 0.0  # share of the flow steps that a chunk skips by starting from the last one's rest
+    max_age_ms: float = (
+        250.0  # the tuner's bound of an observation's age when its first action is due
+    )
+    context: str = (
+        "public"  # "public": chunks under way see newer observations; "private": their own only
+    )
+    warm_start: float = (
+        0.0  # share of the flow steps that a chunk skips by starting from the last one's rest
+    )
+    ladder: str = ""  # result of `ganglion bench ladder` for this policy; "" = one quality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +93,7 @@ class Config:
 
     serve: ServeConfig = field(default_factory=ServeConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
@@ -101,13 +109,20 @@ LIMITS: dict[str, tuple[float, float]] = {
     "engine.max_sessions": (1, 65536),
     "engine.deadline_ms": (1, 3_600_000),
     "engine.num_step_records": (1, 100_000),
+    "pipeline.degree": (0, 16),
+    "pipeline.max_degree": (1, 16),
+    "pipeline.max_age_ms": (1, 60_000),
+    "pipeline.warm_start": (0, 0.9),
     "memory.arena_bytes": (1 * MIB, inf),
     "memory.large_page_bytes": (4096, 1024 * MIB),
     "policy.num_flow_steps": (0, 10),
     "demo.num_arms": (1, 64),
     "demo.rate_hz": (0.1, 1000),
 }
-CHOICES: dict[str, tuple[str, ...]] = {"engine.dtype": ("bfloat16", "float32")}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "engine.dtype": ("bfloat16", "float32"),
+    "pipeline.context": ("public", "private"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ FROZEN = {
         *("POLICY", "--flow-steps", "--dtype"),
         *("--host", "--port", "--api-key-file", "--allow-host"),
         *("--deadline-ms", "--max-sessions", "--arena-bytes"),
+        *("--degree", "--context", "--warm-start", "--ladder"),
         *SETTINGS,
     ],
     "run": [

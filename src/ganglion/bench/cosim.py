@@ -43,6 +43,7 @@ from ganglion.types import (
 
 STEP_BUDGET_US = 20_000
 ROBOT = "arm"
+NANOSECOND_S = 1e-9  # the simulated clock counts whole ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,12 +190,13 @@ class Cosim:
         command = None
         while tick < self._flight.max_ticks:
             due_s = start_s + tick * period_s
-            if due_s > self._clock.now_s() and self._dispatcher.has_work:
+            if due_s > self._clock.now_s() + NANOSECOND_S and self._dispatcher.has_work:
                 self._step()
             else:
                 self._clock.sleep_until(due_s)
-            while tick < self._flight.max_ticks and start_s + tick * period_s <= (
-                self._clock.now_s()
+            while (
+                tick < self._flight.max_ticks
+                and start_s + tick * period_s <= self._clock.now_s() + NANOSECOND_S
             ):
                 if command is not None:
                     arm.world.apply(command.action)

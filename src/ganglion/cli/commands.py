@@ -191,6 +191,38 @@ DEMO = Command(
     ),
 )
 
+_PIPELINE = Group(
+    title="pipeline",
+    flags=(
+        Flag(
+            name="--degree",
+            path="pipeline.degree",
+            kind=int,
+            metavar="N",
+            help="chunks of one robot under way at once; 0 = tuned on this machine",
+        ),
+        Flag(
+            name="--context",
+            path="pipeline.context",
+            metavar="WHICH",
+            help="public: chunks under way see newer observations; private: their own only",
+        ),
+        Flag(
+            name="--warm-start",
+            path="pipeline.warm_start",
+            kind=float,
+            metavar="SHARE",
+            help="share of the flow steps that a chunk skips by starting from the rest of the last one",
+        ),
+        Flag(
+            name="--ladder",
+            path="pipeline.ladder",
+            metavar="FILE",
+            help="result of `ganglion bench ladder`: fewer flow steps before robots miss",
+        ),
+    ),
+)
+
 SERVE = Command(
     name="serve",
     summary="serve a policy to robots",
@@ -249,6 +281,7 @@ SERVE = Command(
                 ARENA,
             ),
         ),
+        _PIPELINE,
         _SETTINGS,
     ),
 )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,7 @@ from ganglion.cli.policy import load_model
 from ganglion.clock import Clock, RealClock
 from ganglion.config import Config
 from ganglion.metrics import Metrics
+from ganglion.pipeline.ladder import read_ladder
 from ganglion.pipeline.local import LocalService
 from ganglion.serve.app import ServerThread
 
@@ -30,8 +32,15 @@ def serving(config: Config, *, on_stage: Callable[[str], None]) -> Iterator[Serv
     clock, metrics = RealClock(), Metrics()
     on_stage(f"loading {config.policy.path} in {config.engine.dtype}")
     model = load_model(config.policy, dtype=config.engine.dtype)
+    path = config.pipeline.ladder
     service = LocalService(
-        model, engine=config.engine, memory=config.memory, clock=clock, metrics=metrics
+        model,
+        engine=config.engine,
+        memory=config.memory,
+        pipeline=config.pipeline,
+        ladder=read_ladder(Path(path), model.spec) if path else None,
+        clock=clock,
+        metrics=metrics,
     )
     with ServerThread(service, config=config.serve, clock=clock, metrics=metrics) as edge:
         on_stage("calibrating: measuring what each batch size costs here")
