@@ -365,7 +365,7 @@ class ScriptedRobot:
             "tick": tick,
             "queue": queue,
             "rate_hz": 20.0 + 0.05 * math.sin(age_s),
-            "obs_age_ms": 120.0 + 60 * math.sin(age_s * 2 + self._at) + 90 * (self._at == 3),
+            "obs_age_ms": 195.0 + 30 * math.sin(age_s * 2 + self._at) + 60 * (self._at == 3),
             "num_misses": 4 if self._at == 3 else 0,
             "num_holds": 1 if self._at == 3 else 0,
             "episode": episode,
