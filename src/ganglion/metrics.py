@@ -86,6 +86,11 @@ COUNTERS: dict[str, MetricSpec] = {
         name="ganglion_prompt_overrides_total",
         doc="Instructions that an operator put in place of a robot's own.",
     ),
+    "gated_views": MetricSpec(
+        name="ganglion_gated_views_total",
+        doc="Views that the gate compared with what pages hold, where the service has a gate.",
+        labels={"action": "skip, patches or full"},
+    ),
 }
 
 GAUGES: dict[str, MetricSpec] = {
@@ -239,6 +244,7 @@ class Metrics:
         self.clock_jumps = CounterMetric(COUNTERS["clock_jumps"], reg)
         self.refused_requests = CounterMetric(COUNTERS["refused_requests"], reg)
         self.prompt_overrides = CounterMetric(COUNTERS["prompt_overrides"], reg)
+        self.gated_views = CounterMetric(COUNTERS["gated_views"], reg)
         self.connections = GaugeMetric(GAUGES["connections"], reg)
         self.sessions = GaugeMetric(GAUGES["sessions"], reg)
         self.waiting = GaugeMetric(GAUGES["waiting"], reg)

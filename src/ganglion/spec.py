@@ -11,11 +11,15 @@ from ganglion.types import Execution, SpanKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewSpec:
-    """One camera: `key` as it stands on the wire ("observation.images.corner"), uint8 [height, width, 3]."""
+    """One camera: `key` as it stands on the wire ("observation.images.corner"), uint8 [height, width, 3].
+
+    `patch_px`: from one of its tokens to the next; a token sees less than that to every side. 0: it is perceived whole.
+    """
 
     key: str
     height: int
     width: int
+    patch_px: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,6 +44,18 @@ class Execution(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Renewal:
+    """Views of an observation of which pages hold the larger part already, as a gate found.
+
+    `images`: view key -> uint8 [height, width, 3], the image whose features are there. `tokens`: view key -> bool
+    [row, column], the tokens to compute anew; all others equal those of that image.
+    """
+
+    images: Mapping[str, UInt8Array]
+    tokens: Mapping[str, npt.NDArray[np.bool_]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """One checked observation of one robot, as every dialect delivers it.
 
@@ -52,6 +64,7 @@ class Observation:
     `executed_until`: actions that the robot had executed when it was taken: its control tick.
     `action_prefix`: float32 [d, action_dim], the actions that run from that tick on, whatever the server answers.
     `inference_delay_hint`: control ticks from that tick to the first one that the chunk is expected for.
+    `renewal`: the server's own, never a robot's.
     """
 
     session_id: SessionId
@@ -68,6 +81,7 @@ class Observation:
     executed_until: int | None = None
     action_prefix: Float32Array | None = None
     inference_delay_hint: int | None = None
+    renewal: Renewal | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

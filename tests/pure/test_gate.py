@@ -1,5 +1,7 @@
 """Gate: noise is skipped, what moves is not, and the reference never strays further than it says."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,10 +24,12 @@ from ganglion.pipeline.patch_grid import (
     reading_tokens,
     seen_patches,
 )
+from ganglion.spec import ViewSpec
 from ganglion.types import Observation, RobotId, SessionId, UInt8Array
 
 PATCH_PX = 16
 PERIOD_S = 0.05
+FIXED = ViewSpec(key="fixed", height=80, width=80, patch_px=PATCH_PX)
 BETWEEN = 9  # levels: more than settle_rms, less than change_rms at a noise of 4
 NEVER = GateConfig(refresh_ms=1e9, attended_refresh_ms=1e9)
 
@@ -259,8 +263,9 @@ def test_grid_rules() -> None:
 
 def test_gate_decides_view_by_view_and_forgets_on_reset() -> None:
     rng = np.random.default_rng(3)
-    images = {"fixed": scene(rng), "wrist": scene(rng, 48, 64)}
-    gate = Gate(NEVER, patch_px=PATCH_PX)
+    images = {"fixed": scene(rng), "wrist": scene(rng, 48, 64), "depth": scene(rng, 10, 10)}
+    wrist = ViewSpec(key="wrist", height=48, width=64, patch_px=PATCH_PX)
+    gate = Gate(NEVER, (FIXED, wrist, ViewSpec(key="depth", height=10, width=10)))
 
     def observe(seq: int, images: dict[str, UInt8Array]) -> Observation:
         return Observation(
@@ -273,7 +278,12 @@ def test_gate_decides_view_by_view_and_forgets_on_reset() -> None:
         )
 
     first, decisions = gate.admit(observe(0, images), now_s=0.0)
-    assert {d.action for d in decisions.values()} == {Perceive.FULL}
+    assert {key: d.action for key, d in decisions.items()} == {
+        "fixed": Perceive.FULL,
+        "wrist": Perceive.FULL,
+    }
+    assert first.images["depth"] is images["depth"], "a view without patches passes as it is"
+    assert first.renewal is None
     moved = images | {"wrist": 255 - images["wrist"]}
     second, decisions = gate.admit(observe(1, moved), now_s=0.1)
     assert decisions["fixed"].action is Perceive.SKIP
@@ -281,13 +291,20 @@ def test_gate_decides_view_by_view_and_forgets_on_reset() -> None:
     assert second.images["fixed"] is first.images["fixed"]
     assert np.array_equal(second.images["wrist"], moved["wrist"])
     assert (second.seq, second.state[0]) == (1, 1.0)
+    touched = {key: image.copy() for key, image in moved.items()}
+    touched["fixed"][:8, :8] = 0
+    third, decisions = gate.admit(observe(2, touched), now_s=0.2)
+    assert third.renewal is not None
+    assert third.renewal.images.keys() == third.renewal.tokens.keys() == {"fixed"}
+    assert third.renewal.images["fixed"] is second.images["fixed"]
+    assert np.array_equal(third.renewal.tokens["fixed"], reading_tokens(grid((0, 0))))
     gate.reset()
-    _, decisions = gate.admit(observe(2, moved), now_s=0.2)
+    _, decisions = gate.admit(observe(3, touched), now_s=0.3)
     assert {d.reason for d in decisions.values()} == {Reason.NOTHING_OLD}
 
 
 def test_gate_asks_what_is_attended_to_when_that_may_have_changed() -> None:
-    gate = Gate(GateConfig(refresh_ms=1000.0, attended_refresh_ms=1000.0), patch_px=PATCH_PX)
+    gate = Gate(GateConfig(refresh_ms=1000.0, attended_refresh_ms=1000.0), (FIXED,))
     image = np.full((80, 80, 3), 100, np.uint8)
     gate.instruct("open the drawer")
     gate.decide("fixed", image, now_s=0.0)
@@ -312,7 +329,7 @@ def test_gate_asks_what_is_attended_to_when_that_may_have_changed() -> None:
 
 def test_gate_hands_the_attended_tokens_to_their_view() -> None:
     image = np.full((80, 80, 3), 100, np.uint8)
-    gate = Gate(GateConfig(attended_refresh_ms=0.0), patch_px=PATCH_PX)
+    gate = Gate(GateConfig(attended_refresh_ms=0.0), (FIXED, replace(FIXED, key="wrist")))
     for key in ("fixed", "wrist"):
         gate.decide(key, image, now_s=0.0)
     gate.heed({"wrist": grid((2, 2))}, now_s=0.0)

@@ -51,9 +51,9 @@ class Eyes:
         self._config = config
         sizes = checkpoint.policy.config
         self._keys = sizes.view_keys
-        patch_px = 2 ** len(sizes.conv_channels)
+        patch_px = sizes.patch_px
         self._grid = (-(-sizes.view_height_px // patch_px), -(-sizes.view_width_px // patch_px))
-        self._gate = None if config.gate is None else Gate(config.gate, patch_px=patch_px)
+        self._gate = None if config.gate is None else Gate(config.gate, checkpoint.spec.views)
         self._features: dict[str, Tensor] = {}
         self._observation_kv: Tensor | None = None
         self._prefilled_s = -np.inf

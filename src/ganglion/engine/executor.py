@@ -11,6 +11,7 @@ from functools import partial
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from ganglion.clock import Clock
 from ganglion.engine.lane import Lanes, Task
@@ -99,6 +100,15 @@ class Executor:
             rows=tuple(piece.rows[row] for row in rows),
             reads=reads,
             num_units=order.num_units,
+            bases=self._bases(piece, rows),
         )
         out = self._models[order.model].run(order.stage, batch)
         self._arena.scatter(order.stage.layout, [piece.writes[row] for row in rows], out)
+
+    def _bases(self, piece: Piece, rows: Sequence[int]) -> dict[int, Tensor]:
+        """Place in the batch -> the pages that it renews, where there are any."""
+        bases = {at: piece.bases[row] for at, row in enumerate(rows) if piece.bases[row]}
+        if not bases:
+            return {}
+        pages = self._arena.gather(piece.order.stage.layout, list(bases.values()))
+        return dict(zip(bases, pages, strict=True))

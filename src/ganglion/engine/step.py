@@ -17,7 +17,7 @@ from ganglion.engine.scheduler import Scheduler
 from ganglion.engine.work import Piece, PieceOrder, Span, StepPlan, Work, WorkView
 from ganglion.errors import CancelledError, GanglionError, InternalError, OutOfPagesError
 from ganglion.memory.ledger import Ledger
-from ganglion.memory.prefix import page_keys
+from ganglion.memory.prefix import PageKey, page_keys
 from ganglion.memory.table import PageTable
 from ganglion.models.base import Model
 from ganglion.plan.cost import CostModel
@@ -25,6 +25,7 @@ from ganglion.spec import Stage
 from ganglion.types import (
     Float32Array,
     Observation,
+    PageId,
     RequestId,
     Row,
     SessionId,
@@ -130,6 +131,7 @@ class Engine:
             assert 0 < num_flow_steps <= most, f"{num_flow_steps} of {most} flow steps"
             work.last_span.num_asked = num_flow_steps
         self._works[request_id] = work
+        self._begin_warm(work)
         return work
 
     def execute(self, work: Work, actions: Float32Array) -> None:
@@ -193,7 +195,24 @@ class Engine:
             return Span(stage=stage, keys=keys, cursor=stage.num_units, pages=pages)
         if pages:
             self._ledger.release(stage.layout, pages)
-        return Span(stage=stage, keys=keys)
+        return Span(stage=stage, keys=keys, base=self._base(model, stage, observation, keys))
+
+    def _base(
+        self, model: str, stage: Stage, observation: Observation, keys: tuple[PageKey, ...]
+    ) -> tuple[PageId, ...]:
+        """Pages of the content that the observation renews, if they are all there."""
+        if observation.renewal is None:
+            return ()
+        old = replace(observation, images={**observation.images, **observation.renewal.images})
+        content = self._models[model].key(stage, old)
+        old_keys = page_keys(f"{model}/{stage.name}", content, stage.num_pages)
+        if old_keys == keys:
+            return ()
+        pages = self._ledger.match(stage.layout, old_keys)
+        if pages and len(pages) < stage.num_pages:
+            self._ledger.release(stage.layout, pages)
+            return ()
+        return pages
 
     def _plan(self) -> StepPlan | None:
         if not self._works:
@@ -227,7 +246,6 @@ class Engine:
         context = self._contexts[work.observation.session_id]
         percept = work.percept
         assert percept is not None, "called once its perception is complete"
-        span, spec = work.last_span, self._models[work.model].spec
         if self._may_see_newer(work) and context.is_newer(work.seen.seq):
             newest = context.acquire()
             shift = ticks_between(percept.observation, newest.observation)
@@ -236,10 +254,17 @@ class Engine:
                 work.shift += shift if work.has_begun else 0
                 newest = percept
             context.release(newest)
-        if self._warm_start_share and not work.has_begun:
-            plan = context.plan(work.seen, own=work.observation, max_prefix=spec.max_prefix)
-            is_warm = plan is not None and 2 * len(plan.actions) >= spec.horizon
-            span.cursor = round(self._warm_start_share * span.num_units) if is_warm else 0
+        self._begin_warm(work)
+
+    def _begin_warm(self, work: Work) -> None:
+        """A chunk that has not begun yet skips flow steps, if most of it is known from what its robot executes."""
+        context = self._contexts.get(work.observation.session_id)
+        if not self._warm_start_share or work.has_begun or context is None:
+            return
+        spec, span = self._models[work.model].spec, work.last_span
+        plan = context.plan(work.seen, own=work.observation, max_prefix=spec.max_prefix)
+        is_warm = plan is not None and 2 * len(plan.actions) >= spec.horizon
+        span.cursor = round(self._warm_start_share * span.num_units) if is_warm else 0
 
     def _may_see_newer(self, work: Work) -> bool:
         late_steps = self._models[work.model].spec.late_context_steps
@@ -300,6 +325,7 @@ class Engine:
                 (stage, tuple(work.pages(stage.name) for work in works)) for stage in stages
             ),
             writes=tuple(work.spans[order.stage.name].pages for work in works),
+            bases=tuple(work.spans[order.stage.name].base for work in works),
         )
 
     def _row(self, work: Work, stage: Stage, first_unit: int) -> Row:
@@ -362,10 +388,16 @@ class Engine:
         span.cursor += order.num_units
         if span.is_done:
             self._ledger.commit(order.stage.layout, span.pages, span.keys or None)
+            self._release_base(span)
         if work.percept is None and all(
             other.is_done for other in work.spans.values() if other is not work.last_span
         ):
             self._publish(work)
+
+    def _release_base(self, span: Span) -> None:
+        if span.base:
+            self._ledger.release(span.stage.layout, span.base)
+            span.base = ()
 
     def _publish(self, work: Work) -> None:
         """The work's perception is complete: it becomes the next version of its session's public context.
@@ -412,6 +444,7 @@ class Engine:
     def _finish(self, work: Work, outcome: Float32Array | GanglionError) -> None:
         del self._works[work.request_id]
         for span in work.spans.values():
+            self._release_base(span)
             is_in_context = work.percept is not None and span is not work.last_span
             if span.pages and not is_in_context:
                 self._ledger.release(span.stage.layout, span.pages)

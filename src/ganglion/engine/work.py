@@ -20,6 +20,7 @@ class Span:
     keys: tuple[PageKey, ...] = ()  # one per page when the stage is shared
     cursor: int = 0
     pages: tuple[PageId, ...] = ()
+    base: tuple[PageId, ...] = ()  # what its observation renews, referenced until it is done
     num_asked: int | None = None  # units of this request, where they differ from the stage's
 
     @property
@@ -123,6 +124,7 @@ class Piece:
     rows: tuple[Row, ...]
     reads: tuple[tuple[Stage, tuple[tuple[PageId, ...], ...]], ...]  # stage read -> pages per row
     writes: tuple[tuple[PageId, ...], ...]  # pages per row
+    bases: tuple[tuple[PageId, ...], ...]  # pages per row, () where it renews nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ A model knows tensors and observations. It does not know page ids, requests, ses
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -18,12 +18,14 @@ from ganglion.types import Float32Array, Observation, Row
 class StageBatch:
     """Rows of one stage, from any sessions and at any cursor.
 
-    `reads`: stage name -> [row, page, *page shape].
+    `reads`: stage name -> [row, page, *page shape]. `bases`: row -> pages [page, *page shape] of the content that its
+    observation's renewal starts from, of this stage; rows may lack them, and then they are computed whole.
     """
 
     rows: tuple[Row, ...]
     reads: Mapping[str, Tensor]
     num_units: int
+    bases: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def observations(self) -> tuple[Observation, ...]:

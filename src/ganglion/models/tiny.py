@@ -52,7 +52,12 @@ def tiny_flow(
         family=TYPE,
         version=f"tiny-{seed}",
         views=tuple(
-            ViewSpec(key=key, height=config.view_height_px, width=config.view_width_px)
+            ViewSpec(
+                key=key,
+                height=config.view_height_px,
+                width=config.view_width_px,
+                patch_px=config.patch_px,
+            )
             for key in config.view_keys
         ),
         state_key=STATE_KEY,

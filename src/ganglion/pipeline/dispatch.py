@@ -19,6 +19,7 @@ from ganglion.errors import (
 )
 from ganglion.metrics import Metrics
 from ganglion.pipeline.act import ActionGuard
+from ganglion.pipeline.gate import Gate, GateConfig
 from ganglion.pipeline.session import Session, Submission
 from ganglion.pipeline.triage import Triage
 from ganglion.pipeline.tune import Pace, Tuner
@@ -30,6 +31,7 @@ from ganglion.types import (
     Command,
     DegreeStats,
     Float32Array,
+    Observation,
     OverridePrompt,
     PaceStats,
     RequestId,
@@ -71,12 +73,15 @@ class Dispatcher:
         metrics: Metrics,
         tuner: Tuner,
         triage: Triage | None = None,
+        gate: GateConfig | None = None,
     ) -> None:
         self._tuner, self._pace = tuner, tuner.pace(1)
         self._triage = triage or Triage(spec)
         self._next_tuning_s = 0.0
         self._engine, self._spec, self._clock, self._metrics = engine, spec, clock, metrics
         self._guard = ActionGuard(spec)
+        self._gate_config = gate
+        self._gates: dict[SessionId, Gate] = {}
         self._sessions: dict[SessionId, Session] = {}
         self._open: dict[RequestId, tuple[Session, Submission]] = {}
         self._num_requests = self._num_results = self._num_errors = self._num_cancelled = 0
@@ -180,13 +185,25 @@ class Dispatcher:
             self._engine.submit(
                 submission.request_id,
                 self._spec.name,
-                submission.observation,
+                self._gated(submission.observation, now_s),
                 deadline_s=urgency.deadline_s,
                 num_flow_steps=self._triage.num_flow_steps,
                 wait_ratio=urgency.wait_ratio,
             )
             return True
         return False
+
+    def _gated(self, observation: Observation, now_s: float) -> Observation:
+        """What of the observation is perceived anew: all of it, unless the service has a gate."""
+        if self._gate_config is None:
+            return observation
+        gate = self._gates.get(observation.session_id)
+        if gate is None:
+            gate = self._gates[observation.session_id] = Gate(self._gate_config, self._spec.views)
+        gated, decisions = gate.admit(observation, now_s=now_s)
+        for decision in decisions.values():
+            self._metrics.gated_views.inc(action=decision.action)
+        return gated
 
     def _give_up(self, now_s: float) -> None:
         """Cancel, between two steps, what is superseded or hopeless."""
@@ -235,6 +252,7 @@ class Dispatcher:
                 if submission.request_id in self._open:
                     self._answer(submission.request_id, CancelledError("session was reset"))
             self._engine.close_session(session_id)
+            self._gates.pop(session_id, None)
             self._settle_all()
             self._triage.forget(session_id, is_gone=is_gone)
         if is_gone:

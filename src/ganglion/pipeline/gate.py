@@ -20,7 +20,7 @@ From: VLA-Cache (arXiv 2502.02175: reuse what is static, but not what the instru
 2510.14359: skip, cheap or full, with hysteresis and a hard refresh). Dimensions: row and column of the token grid.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import sqrt
@@ -37,7 +37,8 @@ from ganglion.pipeline.patch_grid import (
     reading_tokens,
     seen_patches,
 )
-from ganglion.types import Float32Array, Observation, UInt8Array
+from ganglion.spec import ViewSpec
+from ganglion.types import Float32Array, Observation, Renewal, UInt8Array
 
 CELLS_PER_PATCH = (
     4  # a side: what moves a little moves cells of 4x4 pixels, noise is averaged out of them
@@ -287,15 +288,23 @@ class ViewGate:
 
 
 class Gate:
-    """All cameras of one session, and what its instruction attends to."""
+    """All cameras of one session, and what its instruction attends to. Views without patches pass as they are."""
 
-    def __init__(self, config: GateConfig, *, patch_px: int) -> None:
-        self._config, self._patch_px = config, patch_px
+    def __init__(self, config: GateConfig, views: Sequence[ViewSpec]) -> None:
+        self._config = config
+        self._views = {
+            view.key: ViewGate(
+                config, height_px=view.height, width_px=view.width, patch_px=view.patch_px
+            )
+            for view in views
+            if view.patch_px
+        }
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: all views are perceived whole (the robot was moved, its session was reset)."""
-        self._views: dict[str, ViewGate] = {}
+        for view in self._views.values():
+            view.reset()
         self._actions: dict[str, Perceive] = {}
         self._attended: dict[str, BoolArray] = {}
         self._heeded_s: float | None = None
@@ -305,16 +314,27 @@ class Gate:
     def admit(
         self, observation: Observation, *, now_s: float
     ) -> tuple[Observation, dict[str, ViewDecision]]:
-        """The observation that the engine shall perceive, and what was decided about each view.
+        """The observation that the engine shall perceive, and what was decided about each view that has patches.
 
-        State and instruction pass as they are. Raises FieldError for an image of another shape than before.
+        State and instruction pass as they are. Raises FieldError for an image of another shape than its view's.
         """
         self.instruct(observation.prompt)
         decisions = {
-            key: self.decide(key, image, now_s=now_s) for key, image in observation.images.items()
+            key: self.decide(key, observation.images[key], now_s=now_s) for key in self._views
         }
         images = {key: decision.image for key, decision in decisions.items()}
-        return replace(observation, images=images), decisions
+        bases = {
+            key: decision.base
+            for key, decision in decisions.items()
+            if decision.action is Perceive.PATCHES and decision.base is not None
+        }
+        renewal = Renewal(images=bases, tokens={key: decisions[key].tokens for key in bases})
+        gated = replace(
+            observation,
+            images={**observation.images, **images},
+            renewal=renewal if bases else None,
+        )
+        return gated, decisions
 
     def instruct(self, prompt: str) -> None:
         """The instruction of the next observation: another one attends to other things."""
@@ -323,13 +343,8 @@ class Gate:
 
     def decide(self, key: str, image: UInt8Array, *, now_s: float) -> ViewDecision:
         """`ViewGate.decide` for one view."""
-        view = self._views.get(key)
-        if view is None:
-            height_px, width_px = image.shape[:2]
-            view = self._views[key] = ViewGate(
-                self._config, height_px=height_px, width_px=width_px, patch_px=self._patch_px
-            )
-        decision = view.decide(image, now_s=now_s, attended=self._attended.get(key))
+        attended = self._attended.get(key)
+        decision = self._views[key].decide(image, now_s=now_s, attended=attended)
         self._actions[key] = decision.action
         self._has_changed |= decision.reason not in _OLD_NEWS
         return decision

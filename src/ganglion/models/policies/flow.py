@@ -65,6 +65,11 @@ class FlowConfig:
         return len(self.view_keys)
 
     @property
+    def patch_px(self) -> int:
+        """Pixels from one token of a view to the next."""
+        return int(2 ** len(self.conv_channels))
+
+    @property
     def num_view_tokens(self) -> int:
         """Tokens of one view: each convolution halves both sides, rounding up."""
         height_px, width_px = self.view_height_px, self.view_width_px

@@ -95,7 +95,12 @@ def load_flow_checkpoint(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -
         family=TYPE,
         version=_content_hash(folder),
         views=tuple(
-            ViewSpec(key=key, height=config.view_height_px, width=config.view_width_px)
+            ViewSpec(
+                key=key,
+                height=config.view_height_px,
+                width=config.view_width_px,
+                patch_px=config.patch_px,
+            )
             for key in config.view_keys
         ),
         state_key=STATE_KEY,

@@ -14,13 +14,14 @@ import hashlib
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ganglion.layout import PageKind, PageLayout
 from ganglion.models.base import StageBatch
 from ganglion.models.policies.flow import FlowPolicy
 from ganglion.models.policies.guidance import Aim, Pull
+from ganglion.models.policies.patches import encode_patches
 from ganglion.models.policies.transforms import Processor
 from ganglion.spec import PolicySpec, Stage
 from ganglion.types import Execution, Float32Array, Observation, Row, SpanKind
@@ -107,7 +108,23 @@ class FlowModel:
         view = self._view_of_stage[stage.name]
         index = self._policy.config.view_keys.index(view)
         images = np.stack([observation.images[view] for observation in batch.observations])
-        return self._policy.encode_view(index, torch.from_numpy(images))[:, None]
+        pixels = torch.from_numpy(images)
+        if not batch.bases:
+            return self._policy.encode_view(index, pixels)[:, None]
+        whole = [at for at in range(len(pixels)) if at not in batch.bases]
+        parts = list(batch.bases)
+        features = torch.stack([batch.bases[at][0] for at in parts])
+        tokens = np.stack([self._renewed(batch.observations[at], view) for at in parts])
+        out = features.new_empty(len(pixels), *features.shape[1:])
+        out[parts] = encode_patches(self._policy, index, pixels[parts], features, tokens)
+        if whole:
+            out[whole] = self._policy.encode_view(index, pixels[whole])
+        return out[:, None]
+
+    @staticmethod
+    def _renewed(observation: Observation, view: str) -> Bool[np.ndarray, "row column"]:
+        assert observation.renewal is not None, "the base of a renewal without the renewal"
+        return observation.renewal.tokens[view]
 
     def _prefill_text(self, batch: StageBatch) -> Tensor:
         prompts = [observation.prompt for observation in batch.observations]

@@ -1,0 +1,172 @@
+"""A service with a gate: what is perceived is near what came, chunks are those of what is perceived, pages come back."""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ganglion.config import EngineConfig, MemoryConfig
+from ganglion.metrics import Metrics
+from ganglion.models.policies.flow_checkpoint import FlowCheckpoint
+from ganglion.models.policies.flow_model import FlowModel
+from ganglion.models.tiny import TINY_FLOW, TINY_PROMPTS, tiny_flow
+from ganglion.pipeline.gate import Gate, GateConfig, Perceive
+from ganglion.pipeline.local import LocalService
+from ganglion.service import Outcome
+from ganglion.types import (
+    ActionChunk,
+    CloseSession,
+    Observation,
+    Renewal,
+    RequestId,
+    RobotId,
+    SessionId,
+    UInt8Array,
+)
+from tests.cpu.test_engine import engine, num_used
+from tests.cpu.test_flow_serving import dense
+from tests.cpu.toy import VIEW, Toy, expected, observation
+
+MEMORY = MemoryConfig(arena_bytes=1 << 22, large_page_bytes=1 << 16)
+GATE = GateConfig(refresh_ms=1e9, attended_refresh_ms=1e9)
+TIMEOUT_S = 20.0
+
+
+@pytest.fixture
+def tiny() -> FlowCheckpoint:
+    """With views of 4 x 4 tokens, so that there are parts."""
+    return tiny_flow(seed=2, config=replace(TINY_FLOW, view_height_px=64, view_width_px=64))
+
+
+def ask(service: LocalService, seen: Observation) -> ActionChunk:
+    done = threading.Event()
+    outcomes: list[Outcome] = []
+
+    def keep(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        done.set()
+
+    service.submit(seen, keep)
+    assert done.wait(TIMEOUT_S)
+    (chunk,) = outcomes
+    assert isinstance(chunk, ActionChunk), chunk
+    return chunk
+
+
+class Robot:
+    """Sends noisy views of a scene in which a part may change."""
+
+    def __init__(self, checkpoint: FlowCheckpoint, name: str, seed: int) -> None:
+        self._views, self._name = checkpoint.spec.views, name
+        self._rng = np.random.default_rng(seed)
+        self._scene = {view.key: self._rng.normal(120, 40, (64, 64, 3)) for view in self._views}
+        self._seq = 0
+
+    def touch(self, key: str) -> None:
+        top, left = self._rng.integers(0, 56, 2)
+        self._scene[key][top : top + 8, left : left + 8] += 60.0
+
+    def observe(self) -> Observation:
+        self._seq += 1
+        return Observation(
+            session_id=SessionId(self._name),
+            robot_id=RobotId(self._name),
+            seq=self._seq,
+            images={key: self._photo(scene) for key, scene in self._scene.items()},
+            state=self._rng.standard_normal(4).astype(np.float32),
+            prompt=TINY_PROMPTS[0],
+            seed=self._seq,
+        )
+
+    def _photo(self, scene: np.ndarray) -> UInt8Array:
+        noise = self._rng.normal(0.0, 2.0, scene.shape)
+        return np.clip(np.rint(scene + noise), 0, 255).astype(np.uint8)
+
+
+def test_chunks_are_those_of_the_reference_images(tiny: FlowCheckpoint) -> None:
+    """Skipped, in parts or whole: equal to a dense forward of what the gate says the pages hold."""
+    model = FlowModel(tiny.policy, tiny.processor, tiny.spec)
+    metrics = Metrics()
+    actions = set()
+    with LocalService(
+        model, engine=EngineConfig(), memory=MEMORY, gate=GATE, metrics=metrics
+    ) as service:
+        robots = [Robot(tiny, f"arm-{at}", at) for at in range(2)]
+        twins = [Gate(GATE, tiny.spec.views) for _ in robots]
+        for step in range(12):
+            for robot, twin in zip(robots, twins, strict=True):
+                if step % 3 == 1:
+                    robot.touch(tiny.spec.views[step % 2].key)
+                seen = robot.observe()
+                gated, decisions = twin.admit(seen, now_s=0.0)
+                actions |= {decision.action for decision in decisions.values()}
+                chunk = ask(service, seen)
+                assert chunk.obs_seq == seen.seq
+                np.testing.assert_allclose(chunk.actions, dense(tiny, gated), atol=1e-5)
+    assert {Perceive.SKIP, Perceive.PATCHES, Perceive.FULL} == actions
+    text = metrics.render().decode()
+    for action in actions:
+        assert f'ganglion_gated_views_total{{action="{action}"}}' in text
+
+
+def test_a_skipped_view_is_not_computed_and_a_part_reads_the_old_page(
+    tiny: FlowCheckpoint,
+) -> None:
+    class Watched(FlowModel):
+        runs: list[tuple[str, int, int]]  # stage, rows, rows with a base
+
+        def run(self, stage, batch):  # type: ignore[no-untyped-def]
+            self.runs.append((stage.name, len(batch.rows), len(batch.bases)))
+            return super().run(stage, batch)
+
+    model = Watched(tiny.policy, tiny.processor, tiny.spec)
+    model.runs = []
+    with LocalService(model, engine=EngineConfig(), memory=MEMORY, gate=GATE) as service:
+        robot = Robot(tiny, "arm", 3)
+
+        def encoded() -> list[tuple[str, int, int]]:
+            model.runs.clear()
+            ask(service, robot.observe())
+            return sorted(run for run in model.runs if run[0].startswith("view"))
+
+        assert encoded() == [("view.0", 1, 0), ("view.1", 1, 0)]
+        assert encoded() == []
+        robot.touch(tiny.spec.views[1].key)
+        assert encoded() == [("view.1", 1, 1)]
+        assert encoded() == []
+        service.control(CloseSession(session_id=SessionId("arm"), robot_id=RobotId("arm")))
+        again = Robot(tiny, "arm", 4)
+        model.runs.clear()
+        ask(service, again.observe())
+        assert len([run for run in model.runs if run[0].startswith("view")]) == 2, "forgotten"
+
+
+def test_the_pages_that_an_observation_renews_come_back_however_it_ends() -> None:
+    core = engine(Toy())
+    old, new = observation("a", 0, pixel=5), observation("a", 1, pixel=6)
+    renewal = Renewal(images=old.images, tokens={VIEW.key: np.ones((1, 1), np.bool_)})
+    new = replace(new, renewal=renewal)
+    core.submit(RequestId(0), "toy", old, deadline_s=1.0)
+    core.step()
+    core.close_session(SessionId("a"))
+    assert num_used(core) == 0
+    core.submit(RequestId(1), "toy", new, deadline_s=1.0)
+    assert num_used(core) == 1, "the old page is held while the new one is made of it"
+    core.cancel(RequestId(1))
+    assert num_used(core) == 0
+    core.submit(RequestId(2), "toy", new, deadline_s=1.0)
+    core.step()
+    *_, finished = core.drain_finished()
+    np.testing.assert_array_equal(finished.outcome, expected(new))
+    core.close_session(SessionId("a"))
+    assert num_used(core) == 0
+
+
+def test_without_a_gate_everything_is_perceived(tiny: FlowCheckpoint) -> None:
+    model = FlowModel(tiny.policy, tiny.processor, tiny.spec)
+    with LocalService(model, engine=EngineConfig(), memory=MEMORY) as service:
+        robot = Robot(tiny, "arm", 5)
+        for _ in range(3):
+            seen = robot.observe()
+            np.testing.assert_allclose(ask(service, seen).actions, dense(tiny, seen), atol=1e-5)
