@@ -60,6 +60,9 @@ class PipelineConfig:
         0.0  # share of the flow steps that a chunk skips by starting from the last one's rest
     )
     ladder: str = ""  # result of `ganglion bench ladder` for this policy; "" = one quality
+    gate_refresh_ms: float = 0.0  # how long a still view may go unperceived; 0 = no gate
+    gate_noise_std: float = 2.0  # of the cameras, in levels of 255
+    gate_motion_rms: float = 0.0  # change beyond noise that may pass unseen, in levels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +116,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "pipeline.max_degree": (1, 16),
     "pipeline.max_age_ms": (1, 60_000),
     "pipeline.warm_start": (0, 0.9),
+    "pipeline.gate_refresh_ms": (0, 60_000),
+    "pipeline.gate_noise_std": (0.25, 64),
+    "pipeline.gate_motion_rms": (0, 255),
     "memory.arena_bytes": (1 * MIB, inf),
     "memory.large_page_bytes": (4096, 1024 * MIB),
     "policy.num_flow_steps": (0, 10),

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ganglion.config import EngineConfig, MemoryConfig
+from ganglion.config import EngineConfig, MemoryConfig, PipelineConfig
 from ganglion.metrics import Metrics
 from ganglion.models.policies.flow_checkpoint import FlowCheckpoint
 from ganglion.models.policies.flow_model import FlowModel
 from ganglion.models.tiny import TINY_FLOW, TINY_PROMPTS, tiny_flow
-from ganglion.pipeline.gate import Gate, GateConfig, Perceive
+from ganglion.pipeline.gate import Gate, Perceive, gate_config
 from ganglion.pipeline.local import LocalService
 from ganglion.service import Outcome
 from ganglion.types import (
@@ -29,7 +29,7 @@ from tests.cpu.test_flow_serving import dense
 from tests.cpu.toy import VIEW, Toy, expected, observation
 
 MEMORY = MemoryConfig(arena_bytes=1 << 22, large_page_bytes=1 << 16)
-GATE = GateConfig(refresh_ms=1e9, attended_refresh_ms=1e9)
+GATED = PipelineConfig(gate_refresh_ms=60_000.0)
 TIMEOUT_S = 20.0
 
 
@@ -90,10 +90,12 @@ def test_chunks_are_those_of_the_reference_images(tiny: FlowCheckpoint) -> None:
     metrics = Metrics()
     actions = set()
     with LocalService(
-        model, engine=EngineConfig(), memory=MEMORY, gate=GATE, metrics=metrics
+        model, engine=EngineConfig(), memory=MEMORY, pipeline=GATED, metrics=metrics
     ) as service:
         robots = [Robot(tiny, f"arm-{at}", at) for at in range(2)]
-        twins = [Gate(GATE, tiny.spec.views) for _ in robots]
+        config = gate_config(GATED)
+        assert config is not None
+        twins = [Gate(config, tiny.spec.views) for _ in robots]
         for step in range(12):
             for robot, twin in zip(robots, twins, strict=True):
                 if step % 3 == 1:
@@ -122,7 +124,7 @@ def test_a_skipped_view_is_not_computed_and_a_part_reads_the_old_page(
 
     model = Watched(tiny.policy, tiny.processor, tiny.spec)
     model.runs = []
-    with LocalService(model, engine=EngineConfig(), memory=MEMORY, gate=GATE) as service:
+    with LocalService(model, engine=EngineConfig(), memory=MEMORY, pipeline=GATED) as service:
         robot = Robot(tiny, "arm", 3)
 
         def encoded() -> list[tuple[str, int, int]]:

@@ -27,6 +27,7 @@ from math import sqrt
 
 import numpy as np
 
+from ganglion.config import PipelineConfig
 from ganglion.errors import ConfigError, FieldError
 from ganglion.pipeline.patch_grid import (
     BoolArray,
@@ -129,6 +130,18 @@ class GateConfig:
     def attended_rms(self) -> float:
         """The same for what the instruction attends to: just above noise."""
         return self.noise_std * sqrt(2.0 * SETTLE_RATIO)
+
+
+def gate_config(config: PipelineConfig) -> GateConfig | None:
+    """What the settings of a server say; None: it has no gate."""
+    if not config.gate_refresh_ms:
+        return None
+    return GateConfig(
+        noise_std=config.gate_noise_std,
+        motion_rms=config.gate_motion_rms,
+        refresh_ms=config.gate_refresh_ms,
+        attended_refresh_ms=config.gate_refresh_ms / 2,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

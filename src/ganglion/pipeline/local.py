@@ -34,7 +34,7 @@ from ganglion.metrics import Metrics
 from ganglion.models.base import Model
 from ganglion.pipeline.admission import Admission
 from ganglion.pipeline.dispatch import Cancel, Dispatcher, Message, Refresh
-from ganglion.pipeline.gate import GateConfig
+from ganglion.pipeline.gate import gate_config
 from ganglion.pipeline.ladder import Ladder
 from ganglion.pipeline.session import Submission
 from ganglion.pipeline.triage import Triage
@@ -71,7 +71,6 @@ class LocalService:
         memory: MemoryConfig,
         pipeline: PipelineConfig | None = None,
         ladder: Ladder | None = None,
-        gate: GateConfig | None = None,
         clock: Clock | None = None,
         metrics: Metrics | None = None,
     ) -> None:
@@ -107,7 +106,13 @@ class LocalService:
         )
         triage = Triage(model.spec, admission=admission, ladder=ladder)
         self._dispatcher = Dispatcher(
-            self._engine, model.spec, self._clock, metrics or Metrics(), tuner, triage, gate
+            self._engine,
+            model.spec,
+            self._clock,
+            metrics or Metrics(),
+            tuner,
+            triage,
+            gate=gate_config(pipeline),
         )
         self._loop: EngineLoop[Message] = EngineLoop(
             open_=self._open,
