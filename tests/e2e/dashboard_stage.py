@@ -146,6 +146,7 @@ class ScriptedService:
                     request for request, (owner, _) in self._cursors.items() if owner == key
                 ),
                 execution=Execution.NAIVE if at == 3 else Execution.PREFIX,
+                wait_ratio=0.31 if at == 3 else 0.04,
             )
             for at, key in self._open()
         )

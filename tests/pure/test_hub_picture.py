@@ -207,7 +207,9 @@ def test_the_pace_and_the_rung_are_told() -> None:
             DegreeStats(degree=2, rate_hz=17.5, latency_ms=114.2857),
         ),
     )
-    arm = session("a", in_flight=(RequestId(7), RequestId(8)), execution=Execution.PREFIX)
+    arm = session(
+        "a", in_flight=(RequestId(7), RequestId(8)), execution=Execution.PREFIX, wait_ratio=0.25
+    )
     state = read(paint(Painter(hub()), stats(arm, pace=pace, rung="5 flow steps")))
     assert state["pace"]["degree"] == 2
     assert state["pace"]["reason"] == "degree 2: more"
@@ -215,6 +217,7 @@ def test_the_pace_and_the_rung_are_told() -> None:
     assert state["rung"] == "5 flow steps"
     assert state["arms"][0]["session"]["in_flight"] == [7, 8]
     assert state["arms"][0]["session"]["execution"] == "prefix"
+    assert state["arms"][0]["session"]["wait_ratio"] == 0.25
     plain = read(paint(Painter(hub()), stats()))
     assert (plain["pace"], plain["rung"]) == (None, None)
 

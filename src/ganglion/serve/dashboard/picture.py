@@ -193,6 +193,7 @@ def _session(session: SessionStats) -> dict[str, Any]:
         "context_version": session.context_version,
         "in_flight": session.in_flight,
         "execution": session.execution,
+        "wait_ratio": _round(session.wait_ratio),
         "num_pages": dict(session.num_pages),
     }
 
