@@ -21,7 +21,13 @@ from tests.cpu.toy import Toy, expected, observation
 
 
 def engine(
-    toy: Toy, *, budget_us: int = 10_000_000, num_large: int = 64, max_rows: int = 8
+    toy: Toy,
+    *,
+    budget_us: int = 10_000_000,
+    num_large: int = 64,
+    max_rows: int = 8,
+    is_context_public: bool = True,
+    warm_start_share: float = 0.0,
 ) -> Engine:
     layout = PoolLayout(large_page_bytes=64, layouts=toy.layouts)
     clock, cost = SimulatedClock(), MeasuredCost(smoothing=0.0)
@@ -34,6 +40,8 @@ def engine(
         clock,
         step_budget_us=budget_us,
         num_step_records=16,
+        is_context_public=is_context_public,
+        warm_start_share=warm_start_share,
     )
 
 
