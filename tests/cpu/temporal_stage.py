@@ -6,8 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ganglion.layout import PoolLayout
+from ganglion.memory.arena import Arena
+from ganglion.memory.carried import CarriedPages, CarryRule
+from ganglion.memory.codec.carry import encode_carried, gather_carried
 from ganglion.memory.codec.int8 import Int8Codec
-from ganglion.memory.retention.history import History, HistoryConfig
+from ganglion.memory.ledger import Ledger
+from ganglion.memory.retention.history import HistoryConfig
 from ganglion.models.base import StageBatch
 from ganglion.models.policies.flow_checkpoint import FlowCheckpoint
 from ganglion.models.policies.temporal import TemporalConfig, TemporalPolicy
@@ -54,58 +59,91 @@ def episode(name: str, length: int, *, seed: int = 0) -> list[Observation]:
     ]
 
 
-class Session:
-    """One session's carried pages: its recurrent state, and a history that keeps, encodes and drops."""
+class Tier:
+    """A ledger and its bytes, for the pages of one model and their encoded forms."""
 
-    def __init__(self, model: TemporalModel, history: HistoryConfig) -> None:
-        self._model, self.history = model, History(history)
-        self._codec = Int8Codec()
-        self._layouts = {layout.name: layout for layout in model.layouts}
-        self._depth = {(carry.reader, carry.stage): carry.depth for carry in model.carries}
-        self._recurrent: list[Tensor] = []
-        self._memory: dict[int, Tensor] = {}
+    def __init__(self, model: TemporalModel, *, num_large_pages: int = 32) -> None:
+        self.codec = Int8Codec()
+        self.layouts = {layout.name: layout for layout in model.layouts}
+        encoded = self.codec.encoded(self.layouts["memory"])
+        pool = PoolLayout(large_page_bytes=1 << 14, layouts=(*model.layouts, encoded))
+        self.ledger = Ledger(pool, num_large_pages)
+        self.arena = Arena(pool, num_large_pages)
+
+    def move(self) -> int:
+        """Move pages as between two steps; returns how many were copied."""
+        moves = self.ledger.plan_moves(1 << 20, num_spare=32)
+        self.arena.copy(() if moves is None else moves.copies)
+        return 0 if moves is None else len(moves.copies)
+
+
+class Session:
+    """One session's carried pages and its requests, one after the other."""
+
+    def __init__(
+        self, model: TemporalModel, history: HistoryConfig, tier: Tier | None = None
+    ) -> None:
+        self._model, self.tier = model, tier or Tier(model)
+        encoded = "memory@int8" if history.num_encoded else None
+        newest = HistoryConfig(num_whole=1, num_encoded=0)
+        self.carried = CarriedPages(
+            self.tier.ledger,
+            (
+                CarryRule(stage="recurrent", layout="recurrent", history=newest),
+                CarryRule(stage="memory", layout="memory", history=history, encoded_layout=encoded),
+            ),
+            owner="session",
+        )
 
     @property
-    def num_encoded(self) -> int:
-        return sum(page.dtype is torch.int8 for page in self._memory.values())
-
-    def _carried(self, reader: str, stage: str, pages: list[Tensor]) -> Tensor:
-        depth, layout = self._depth[reader, stage], self._layouts[stage]
-        dtype = getattr(torch, layout.dtype)
-        absent = [torch.zeros(layout.shape, dtype=dtype)] * (depth - len(pages))
-        whole = [self._codec.decode(p, dtype) if p.dtype is torch.int8 else p for p in pages]
-        return torch.stack([*absent, *whole])[None]
+    def items(self) -> tuple[int, ...]:
+        """Observations that are remembered."""
+        return tuple(kept.seq for kept in self.carried.earlier("memory"))
 
     @torch.inference_mode()
     def act(self, seen: Observation) -> Float32Array:
-        """Every stage once, in order; then what was written is carried on."""
-        kept = self.history.items
-        pages: dict[str, Tensor] = {
-            carried("recurrent"): self._carried("recurrent", "recurrent", self._recurrent),
-            carried("memory"): self._carried("recall", "memory", [self._memory[i] for i in kept]),
-        }
+        """Every stage once, in order, over pages of the arena; then what was written is carried on."""
+        tier, held = self.tier, {}
         for stage in self._model.stages:
-            layout = self._layouts[stage.layout]
-            reads = {name: pages[name] for name in pages if name in stage.reads or "@" in name}
+            reads = {
+                name: tier.arena.gather(held[name][0].layout, [held[name][1]])
+                for name in stage.reads
+            }
+            for carry in self._model.carries:
+                if carry.reader == stage.name:
+                    reads[carried(carry.stage)] = gather_carried(
+                        tier.arena,
+                        tier.codec,
+                        carry.stage,
+                        [self.carried.earlier(carry.stage)],
+                        depth=carry.depth,
+                    )
+            pages = tier.ledger.reserve(stage.layout, stage.num_pages, owner="session")
             if stage.kind is SpanKind.DENOISE:
-                reads[stage.name] = torch.zeros(1, stage.num_pages, *layout.shape)
+                reads[stage.name] = tier.arena.gather(stage.layout, [pages])
             row = Row(observation=seen, first_unit=0, is_new=True)
             batch = StageBatch(rows=(row,), reads=reads, num_units=stage.num_units)
             out = self._model.run(stage, batch)
-            assert out.shape == (1, stage.num_pages, *layout.shape), stage.name
-            assert out.dtype is getattr(torch, layout.dtype), stage.name
-            pages[stage.name] = out
-        masses = self._model.relevance(pages["text"], pages["observation"], pages["recall"])[0]
-        for item, mass in zip(kept, masses[len(masses) - len(kept) :].tolist(), strict=True):
-            self.history.note(item, mass, seen.seq)
-        self._recurrent = [pages["recurrent"][0, 0]]
-        self._memory[seen.seq] = pages["memory"][0, 0]
-        descent = self.history.add(seen.seq, seen.seq)
-        for item in descent.encode:
-            self._memory[item] = self._codec.encode(self._memory[item])
-        for item in descent.drop:
-            del self._memory[item]
-        return self._model.emit(pages[self._model.stages[-1].name], (seen,))[0]
+            tier.arena.scatter(stage.layout, [pages], out)
+            tier.ledger.commit(stage.layout, pages, None)
+            held[stage.name] = (stage, pages)
+            if stage.name == "recall":
+                self._note(batch, out)
+        for name in ("recurrent", "memory"):
+            orders = self.carried.keep(name, held[name][1][0], seq=seen.seq)
+            encode_carried(tier.arena, tier.codec, orders)
+        actions = self._model.emit(tier.arena.gather(stage.layout, [pages]), (seen,))[0]
+        for stage, pages in held.values():
+            tier.ledger.release(stage.layout, pages)
+        tier.ledger.check_integrity()
+        return actions
+
+    def _note(self, batch: StageBatch, recalled: Tensor) -> None:
+        kept = self.carried.earlier("memory")
+        (masses,) = self._model.relevance(batch, recalled)
+        of_kept = masses[len(masses) - len(kept) :]
+        by_seq = {item.seq: mass for item, mass in zip(kept, of_kept, strict=True)}
+        self.carried.note("memory", by_seq, now=batch.observations[0].seq)
 
 
 def model_of(checkpoint: TemporalCheckpoint) -> TemporalModel:

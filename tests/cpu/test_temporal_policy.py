@@ -10,7 +10,15 @@ from ganglion.models.policies.temporal import FROZEN, NUM_STAMPS, read_stamp, st
 from ganglion.models.policies.temporal_checkpoint import TemporalCheckpoint
 from ganglion.models.tiny import TINY_FLOW, TINY_PROMPTS
 from ganglion.train.temporal_actor import Roads, Sight, TemporalActor
-from tests.cpu.temporal_stage import TINY_MEMORY, Session, episode, model_of, moved, tiny_temporal
+from tests.cpu.temporal_stage import (
+    TINY_MEMORY,
+    Session,
+    Tier,
+    episode,
+    model_of,
+    moved,
+    tiny_temporal,
+)
 
 WHOLE = HistoryConfig(num_whole=3, num_encoded=0)
 
@@ -148,7 +156,7 @@ def test_pages_give_what_tensors_give(tiny: TemporalCheckpoint) -> None:
         )
         dense = actor.act([sight], [memory])[0]
         np.testing.assert_allclose(session.act(seen), dense, atol=1e-5)
-        assert session.history.items == memory.history.items
+        assert session.items == memory.history.items
 
 
 @pytest.mark.parametrize("forgotten", ["recurrent", "memory"])
@@ -158,10 +166,7 @@ def test_both_roads_lead_to_the_actions(tiny: TemporalCheckpoint, forgotten: str
     for seen in first:
         whole.act(seen)
         lame.act(seen)
-    if forgotten == "recurrent":
-        lame._recurrent = []
-    else:
-        lame._memory = dict.fromkeys(lame._memory, torch.zeros(5, 32))
+    lame.carried.reset(forgotten)
     assert np.abs(whole.act(last) - lame.act(last)).max() > 1e-4
 
 
@@ -180,7 +185,7 @@ def test_encoded_pages_cost_little(tiny: TemporalCheckpoint) -> None:
     for seen in episode("arm", 6):
         difference = np.abs(whole.act(seen) - encoded.act(seen)).max()
         assert difference < 0.02
-    assert encoded.num_encoded == 2
+    assert encoded.carried.num_pages()["memory@int8"] == 2
     assert difference > 0
 
 
@@ -208,3 +213,32 @@ def test_a_session_may_count_from_anywhere(tiny: TemporalCheckpoint) -> None:
     for seen in episode("arm", 4):
         far = moved(seen, seq=seen.seq + NUM_STAMPS - 2)
         assert np.allclose(low.act(seen), high.act(far), atol=1e-6)
+
+
+def test_carried_pages_survive_moves_and_go_back(tiny: TemporalCheckpoint) -> None:
+    model, config = model_of(tiny), HistoryConfig(num_whole=1, num_encoded=2)
+    quiet, moving = Session(model, config), Session(model, config)
+    num_copied = 0
+    for seen in episode("arm", 8):
+        other = moving.tier.ledger.reserve("memory", 40, owner="other")
+        moving.tier.ledger.commit("memory", other, None)
+        np.testing.assert_array_equal(moving.act(seen), quiet.act(seen))
+        moving.tier.ledger.release("memory", other[1:])
+        num_copied += moving.tier.move()
+        moving.tier.ledger.check_integrity()
+    assert num_copied > 0
+    moving.carried.close()
+    used = moving.tier.ledger.stats().num_used_pages
+    assert used == {**dict.fromkeys(used, 0), "memory": 8}  # the others'
+
+
+def test_sessions_share_a_tier_and_nothing_else(tiny: TemporalCheckpoint) -> None:
+    model, tier = model_of(tiny), Tier(model_of(tiny))
+    ours, theirs, alone = (
+        Session(model, WHOLE, tier),
+        Session(model, WHOLE, tier),
+        Session(model, WHOLE),
+    )
+    for mine, other in zip(episode("a", 4), episode("b", 4, seed=1), strict=True):
+        theirs.act(other)
+        np.testing.assert_array_equal(ours.act(mine), alone.act(mine))

@@ -38,6 +38,7 @@ class TemporalFitConfig:
     ema_decay: float = 0.998
     prefix_share: float = 0.25
     road_dropout: float = 0.3
+    num_steps_per_draft: int = 250
     goal_loss_weight: float = 0.5
     num_threads: int = 1
     seed: int = 0
@@ -120,12 +121,13 @@ def fit_temporal(
     on_progress: Callable[[TemporalProgress], None],
     *,
     start: TemporalPolicy | None = None,
+    on_draft: Callable[[TemporalPolicy], None] | None = None,
     model: TemporalConfig | None = None,
     clock: Clock | None = None,
 ) -> TemporalPolicy:
     """Train a memory for `checkpoint` (or go on with `start`); averaged weights, float32.
 
-    `checkpoint` must be in bfloat16 or float32; training computes in its dtype and keeps float32 weights beside it.
+    `on_draft` is given the averaged weights now and then, for a run that may be cut. `checkpoint` must be in bfloat16 or float32; training computes in its dtype and keeps float32 weights beside it.
     """
     clock = clock or RealClock()
     torch.set_num_threads(config.num_threads)
@@ -164,6 +166,8 @@ def fit_temporal(
                 step_s=means[3],
             )
         )
+        if on_draft is not None and (step + 1) % config.num_steps_per_draft == 0:
+            on_draft(run.averaged())
     return run.averaged()
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ganglion.errors import CheckpointError
@@ -106,18 +106,16 @@ class TemporalModel:
     def emit(self, pages: Tensor, observations: tuple[Observation, ...]) -> Float32Array:
         return self._perceiving.emit(pages, observations)
 
-    def relevance(
-        self,
-        text: Float[Tensor, "b page slot layer 2 head dim"],
-        observation: Float[Tensor, "b page slot layer 2 head dim"],
-        recalled: Float[Tensor, "b page slot layer 2 head dim"],
-    ) -> Float32[Tensor, "b past"]:
-        """Share of the expert's attention that each carried memory page receives; 0 to 1, oldest first.
+    def relevance(self, batch: StageBatch, recalled: Tensor) -> list[list[float]]:
+        """Of each row: the shares of the expert's attention that its carried memory pages receive, oldest first.
 
-        For `History.note`, after `recall` has run. Pages that are not there receive what their stand-in receives.
+        `batch` is what `recall` was run with, `recalled` what it wrote. Places without a page receive what their
+        stand-in receives; a history is told of its pages only (`memory.carried.CarriedPages.note`).
         """
-        context_kv = torch.cat([self._context(text, observation), _sequence(recalled)], dim=3)
-        return self._policy.relevance(context_kv)[:, :-1]
+        context = self._context(batch.reads["text"], batch.reads["observation"])
+        context_kv = torch.cat([context, _sequence(recalled)], dim=3)
+        shares: list[list[float]] = self._policy.relevance(context_kv)[:, :-1].clamp(0, 1).tolist()
+        return shares
 
     def _remember(self, batch: StageBatch) -> Tensor:
         observation_kv = self._observation(batch.reads["observation"])
