@@ -34,6 +34,7 @@ COUNT_COLOURS = """canvas => {
 OVERFLOWS = """() => {
   const out = [];
   if (document.documentElement.scrollWidth > innerWidth) out.push("page");
+  for (const each of document.querySelectorAll(".queue-caption")) if (each.scrollWidth > each.clientWidth) out.push(each.innerText);
   for (const box of document.querySelectorAll(".arm, .arm-link, .arm-lanes, .arm-body, .pace, .panel, .bar")) {
     const outer = box.getBoundingClientRect();
     for (const each of box.querySelectorAll("*")) {

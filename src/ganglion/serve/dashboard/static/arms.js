@@ -166,9 +166,8 @@ class Arm {
     execution.hidden = !session;
     setText(execution, session?.execution ?? "");
     execution.title = EXECUTIONS[session?.execution] ?? "";
-    const waits = session?.wait_ratio ? ` \u00b7 wait ratio ${fixed(session.wait_ratio, 2)}` : "";
-    setText(context, session ? `${session.in_flight.length} of ${degree} \u00b7 context v${session.context_version}${waits}` : "");
-    context.title = "chunks under way, of at most so many; newest version of what the arm perceived; time it waited for chunks over time it executed, of late";
+    setText(context, session ? `${session.in_flight.length} of ${degree} \u00b7 context v${session.context_version}` : "");
+    context.title = `chunks under way, of at most so many; newest version of what the arm perceived. Time it waited for chunks over time it executed: ${fixed(session?.wait_ratio, 2)}`;
     if (isMoving && this.#isSeen) this.lanes.show(this.parts.name.textContent, degree);
   }
 
