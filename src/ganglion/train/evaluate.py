@@ -22,6 +22,10 @@ from ganglion.train.actor import Actor
 from ganglion.train.rollout import Episode, RolloutConfig, mean_square, run_episodes
 from ganglion.types import Execution
 
+CONFIGS_PER_PROCESS = (
+    8  # worlds take a second each to open, and a task under many configs takes minutes
+)
+
 
 class Instruction(StrEnum):
     """What the arm is told."""
@@ -103,7 +107,7 @@ def evaluate_each(
 ) -> tuple[tuple[TaskResult, ...], ...]:
     """The results of each config, by task. They share worlds, network and processes, so they differ in use of chunks only.
 
-    `on_result` hears the place of the config and the result of a task, a whole task at a time.
+    `on_result` hears the place of the config and the result of a task, some configs of a task at a time.
     """
     first = configs[0]
     for config in configs:
@@ -118,13 +122,19 @@ def evaluate_each(
                 raise FieldError("tasks", expected="tasks with an opposite", got=name)
     results: dict[int, dict[str, TaskResult]] = {at: {} for at in range(len(configs))}
     orders = [
-        _Order(configs=tuple(configs), task=name, checkpoint_dir=str(checkpoint_dir))
+        _Order(
+            configs=tuple(configs[start : start + CONFIGS_PER_PROCESS]),
+            first_config=start,
+            task=name,
+            checkpoint_dir=str(checkpoint_dir),
+        )
+        for start in range(0, len(configs), CONFIGS_PER_PROCESS)
         for name in first.tasks
     ]
     # spawn: a forked child would share the parent's GL context
     with multiprocessing.get_context("spawn").Pool(first.num_workers, maxtasksperchild=1) as pool:
-        for of_task in pool.imap_unordered(_evaluate_task, orders, chunksize=1):
-            for at, result in enumerate(of_task):
+        for start, of_task in pool.imap_unordered(_evaluate_task, orders, chunksize=1):
+            for at, result in enumerate(of_task, start):
                 results[at][result.task] = result
                 on_result(at, result)
     return tuple(tuple(of_config[name] for name in first.tasks) for of_config in results.values())
@@ -137,14 +147,15 @@ def ambiguous_tasks() -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Order:
-    """One task under every config: the work of one process."""
+    """One task under some of the configs, from number `first_config` on: the work of one process."""
 
     configs: tuple[EvaluateConfig, ...]
+    first_config: int
     task: str
     checkpoint_dir: str
 
 
-def _evaluate_task(order: _Order) -> list[TaskResult]:
+def _evaluate_task(order: _Order) -> tuple[int, list[TaskResult]]:
     first = order.configs[0]
     torch.set_num_threads(first.num_threads)
     checkpoint = load_flow_checkpoint(Path(order.checkpoint_dir), dtype=DTYPES[first.dtype])
@@ -152,7 +163,8 @@ def _evaluate_task(order: _Order) -> list[TaskResult]:
     num_arms = min(first.num_parallel, max(len(config.seeds) for config in order.configs))
     arms = [open_arm(f"{first.world}:{order.task}") for _ in range(num_arms)]
     try:
-        return [_evaluate_one(config, order.task, arms, actor) for config in order.configs]
+        results = [_evaluate_one(config, order.task, arms, actor) for config in order.configs]
+        return order.first_config, results
     finally:
         for arm in arms:
             arm.world.close()
