@@ -76,11 +76,14 @@ class Tuner:
             is_fresh = forecast.latency_ms <= self._config.max_age_ms
             if is_fresh and forecast.rate_hz >= GAIN_WORTH_IT * best.rate_hz:
                 best = forecast
-        reason = (
-            f"degree {best.degree}: {best.rate_hz:.1f} chunks/s a robot at {best.latency_ms:.0f} ms "
-            f"(degree 1: {forecasts[0].rate_hz:.1f} at {forecasts[0].latency_ms:.0f} ms; "
-            f"bound {self._config.max_age_ms:.0f} ms)"
-        )
+        alone = f"{forecasts[0].rate_hz:.1f} chunks/s a robot at {forecasts[0].latency_ms:.0f} ms"
+        reason = f"degree 1: {alone}; no other brings 3 % more"
+        if best.degree > 1:
+            reason = (
+                f"degree {best.degree}: {best.rate_hz:.1f} chunks/s a robot at "
+                f"{best.latency_ms:.0f} ms (degree 1: {alone}; "
+                f"bound {self._config.max_age_ms:.0f} ms)"
+            )
         return self._at(best.degree, reason, forecasts, num_steps)
 
     def forecast(
