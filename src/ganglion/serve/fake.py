@@ -84,7 +84,7 @@ class _Session:
     num_superseded: int = 0
     num_errors: int = 0
     last_infer_ms: float = 0.0
-    last_seq: int = 0
+    newest_seq: int = -1
     context_version: int = 0
 
 
@@ -163,6 +163,14 @@ class FakeService:
             session = self._open(observation)
             self._num_requests += 1
             request_id = RequestId(self._num_requests)
+            waiting = _Waiting(request_id, observation, on_done, self._clock.now_s())
+            if observation.seq <= session.newest_seq:
+                late = SupersededError(seq=observation.seq, newest_seq=session.newest_seq)
+                self._dropped.append((waiting, late))
+                session.num_superseded += 1
+                self._changed.notify_all()
+                return request_id
+            session.newest_seq = observation.seq
             for old in [
                 w
                 for w in self._waiting.values()
@@ -172,7 +180,6 @@ class FakeService:
                 self._drop(old, newer)
                 session.num_superseded += 1
             self.received.append(observation)
-            waiting = _Waiting(request_id, observation, on_done, self._clock.now_s())
             self._waiting[request_id] = waiting
             self._changed.notify_all()
             return request_id
@@ -206,6 +213,7 @@ class FakeService:
             ]:
                 self._drop(waiting, CancelledError("the session was reset or closed"))
             session.context_version += 1
+            session.newest_seq = -1
             if isinstance(command, CloseSession):
                 del self._sessions[command.session_id]
             self._changed.notify_all()
@@ -258,7 +266,7 @@ class FakeService:
             raise SessionConflictError(
                 observation.session_id, owner=session.robot_id, asked_by=observation.robot_id
             )
-        session.prompt, session.last_seq = observation.prompt, observation.seq
+        session.prompt = observation.prompt
         return session
 
     def _drop(self, waiting: _Waiting, error: GanglionError) -> None:
@@ -277,7 +285,7 @@ class FakeService:
             num_errors=session.num_errors,
             chunk_hz=0.0,
             last_infer_ms=session.last_infer_ms,
-            last_seq=session.last_seq,
+            last_seq=session.newest_seq,
             context_version=session.context_version,
             num_pages={},
         )
