@@ -2,21 +2,36 @@
 
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
+from ganglion.clock import SimulatedClock
 from ganglion.config import EngineConfig, MemoryConfig, PipelineConfig
+from ganglion.engine.executor import Executor
+from ganglion.engine.lane import Lanes
+from ganglion.engine.scheduler import DeadlineScheduler
+from ganglion.engine.step import Engine
+from ganglion.layout import PoolLayout
+from ganglion.memory.arena import Arena
+from ganglion.memory.ledger import Ledger
 from ganglion.metrics import Metrics
 from ganglion.models.policies.flow_checkpoint import FlowCheckpoint
 from ganglion.models.policies.flow_model import FlowModel
+from ganglion.models.policies.patches import attended, view_attention
 from ganglion.models.tiny import TINY_FLOW, TINY_PROMPTS, tiny_flow
-from ganglion.pipeline.gate import Gate, Perceive, gate_config
+from ganglion.pipeline.gate import Gate, GateConfig, Perceive, gate_config
+from ganglion.pipeline.gating import Gating
 from ganglion.pipeline.local import LocalService
+from ganglion.pipeline.patch_grid import BoolArray
+from ganglion.plan.cost import MeasuredCost
 from ganglion.service import Outcome
 from ganglion.types import (
     ActionChunk,
     CloseSession,
+    Float32Array,
     Observation,
     Renewal,
     RequestId,
@@ -142,6 +157,88 @@ def test_a_skipped_view_is_not_computed_and_a_part_reads_the_old_page(
         model.runs.clear()
         ask(service, again.observe())
         assert len([run for run in model.runs if run[0].startswith("view")]) == 2, "forgotten"
+
+
+def test_the_engine_says_what_a_chunk_attended_to(
+    tiny: FlowCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the network alone would; nothing for another instruction, an unknown session or a model that cannot say."""
+    above_even = partial(attended, factor=1.0)  # an untrained network attends almost evenly
+    monkeypatch.setattr("ganglion.models.policies.flow_model.attended", above_even)
+    model = FlowModel(tiny.policy, tiny.processor, tiny.spec)
+    layout = PoolLayout(large_page_bytes=1 << 16, layouts=model.layouts)
+    clock, cost = SimulatedClock(), MeasuredCost()
+    core = Engine(
+        {"tiny": model},
+        Ledger(layout, 64),
+        DeadlineScheduler({"tiny": model.stages}, cost, max_rows=4, num_lanes=1),
+        Executor({"tiny": model}, Arena(layout, 64), Lanes(((),)), clock),
+        cost,
+        clock,
+        step_budget_us=10_000_000,
+        num_step_records=4,
+    )
+    seen = Robot(tiny, "arm", 6).observe()
+    core.submit(RequestId(0), "tiny", seen, deadline_s=1.0)
+    core.step()
+    ((actions),) = [finished.outcome for finished in core.drain_finished()]
+    assert isinstance(actions, np.ndarray)
+    num_before = num_used(core)
+
+    def ask_for(session: str, prompt: str) -> dict[str, BoolArray]:
+        answer = core.attended(SessionId(session), "tiny", prompt=prompt, actions=actions)
+        return dict(answer)
+
+    policy, config = tiny.policy, tiny.policy.config
+    with torch.inference_mode():
+        images = np.stack([seen.images[key] for key in config.view_keys])[None]
+        text_kv = policy.prefill_text(tiny.processor.tokens([seen.prompt]))
+        kv = policy.prefill_observation(
+            policy.encode_views(torch.from_numpy(images)),
+            tiny.processor.state(seen.state[None]),
+            text_kv,
+        )
+        latents = tiny.processor.prefix(actions)[None]
+        tau = torch.full(latents.shape[:2], 0.8)
+        shares = view_attention(policy, latents, tau, torch.cat([text_kv, kv], dim=3))
+    masks = above_even(shares)[0].reshape(2, 4, 4)
+    got = ask_for("arm", seen.prompt)
+    assert masks.any()
+    for key, mask in zip(config.view_keys, masks, strict=True):
+        assert np.array_equal(got[key], mask)
+    assert ask_for("arm", TINY_PROMPTS[1]) == {}
+    assert ask_for("nobody", seen.prompt) == {}
+    assert num_used(core) == num_before
+    toy = engine(Toy())
+    toy.submit(RequestId(0), "toy", observation("a", 0), deadline_s=1.0)
+    toy.step()
+    assert toy.attended(SessionId("a"), "toy", prompt="toy", actions=actions) == {}
+
+
+def test_where_motion_may_pass_the_model_is_asked_once_a_refresh(tiny: FlowCheckpoint) -> None:
+    class Asked:
+        num_asked = 0
+
+        def attended(
+            self, session_id: SessionId, model: str, *, prompt: str, actions: Float32Array
+        ) -> dict[str, BoolArray]:
+            self.num_asked += 1
+            tokens = np.zeros((4, 4), np.bool_)
+            tokens[0, 1] = True
+            return {view.key: tokens for view in tiny.spec.views}
+
+    for motion_rms, expected_asked in ((20.0, 1), (0.0, 0)):
+        config = GateConfig(motion_rms=motion_rms, attended_refresh_ms=0.0)
+        asked, robot = Asked(), Robot(tiny, "arm", 7)
+        gating = Gating(config, tiny.spec, asked, Metrics())
+        for step in range(6):
+            gated = gating.admit(robot.observe(), now_s=step * 0.01)
+            gating.execute(SessionId("arm"), np.zeros((12, 4), np.float32))
+        assert asked.num_asked == expected_asked
+        assert (gated.renewal is not None) == bool(expected_asked), "attended tokens are renewed"
+        gating.forget(SessionId("arm"))
+        gated = gating.admit(robot.observe(), now_s=1.0)
+        assert gated.renewal is None
 
 
 def test_the_pages_that_an_observation_renews_come_back_however_it_ends() -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from ganglion.engine.lane import Lanes, Task
 from ganglion.engine.work import Piece, StepPlan
 from ganglion.errors import GanglionError, InternalError
 from ganglion.memory.arena import Arena
-from ganglion.models.base import Model, StageBatch
+from ganglion.models.base import Attentive, Model, StageBatch
 from ganglion.spec import Stage
 from ganglion.types import Float32Array, Observation, PageId
 
@@ -65,6 +67,20 @@ class Executor:
         """Actions [row, horizon, action_dim] of finished rows."""
         with torch.inference_mode():
             return self._models[model].emit(self._arena.gather(stage.layout, pages), observations)
+
+    def attended(
+        self,
+        model: Attentive,
+        observation: Observation,
+        pages: Mapping[Stage, Sequence[PageId]],
+        actions: Float32Array,
+    ) -> Mapping[str, npt.NDArray[np.bool_]]:
+        """View key -> bool [row, column] of the tokens that a chunk rested on."""
+        with torch.inference_mode():
+            reads = {
+                stage.name: self._arena.gather(stage.layout, [ids]) for stage, ids in pages.items()
+            }
+            return model.attended(observation, reads, actions)
 
     def _run_into(self, results: dict[int, PieceResult], at: int, piece: Piece) -> None:
         start_s = self._clock.now_s()

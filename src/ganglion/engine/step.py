@@ -8,6 +8,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
+
 from ganglion.clock import Clock
 from ganglion.engine.context import PublicContext, ticks_between
 from ganglion.engine.executor import Executor, PieceResult
@@ -19,7 +22,7 @@ from ganglion.errors import CancelledError, GanglionError, InternalError, OutOfP
 from ganglion.memory.ledger import Ledger
 from ganglion.memory.prefix import PageKey, page_keys
 from ganglion.memory.table import PageTable
-from ganglion.models.base import Model
+from ganglion.models.base import Attentive, Model
 from ganglion.plan.cost import CostModel
 from ganglion.spec import Stage
 from ganglion.types import (
@@ -139,6 +142,26 @@ class Engine:
         context = self._contexts.get(work.observation.session_id)
         if context is not None:
             context.execute(work.seen, actions)
+
+    def attended(
+        self, session_id: SessionId, model: str, *, prompt: str, actions: Float32Array
+    ) -> Mapping[str, npt.NDArray[np.bool_]]:
+        """Which tokens the chunk `actions` of the session rested on: view key -> bool [row, column].
+
+        Empty when the model cannot say, or what was perceived last came with another instruction.
+        """
+        context, asked = self._contexts.get(session_id), self._models[model]
+        if context is None or not context.version or not isinstance(asked, Attentive):
+            return {}
+        percept = context.acquire()
+        try:
+            if percept.observation.prompt != prompt:
+                return {}
+            stages = [stage for stage in self._models[model].stages if stage.name in percept.stages]
+            pages = {stage: percept.pages(stage.name) for stage in stages}
+            return self._executor.attended(asked, percept.observation, pages, actions)
+        finally:
+            context.release(percept)
 
     def reorder(self, request_id: RequestId, *, deadline_s: float, wait_ratio: float) -> None:
         """Its robot got another chunk, or will run dry at another time than was known when it came."""

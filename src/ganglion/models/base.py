@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from ganglion.layout import PageLayout
@@ -31,6 +33,21 @@ class StageBatch:
     def observations(self) -> tuple[Observation, ...]:
         """What each row has seen."""
         return tuple(row.observation for row in self.rows)
+
+
+@runtime_checkable
+class Attentive(Protocol):
+    """A model that can say which parts of its views a chunk rested on."""
+
+    def attended(
+        self, observation: Observation, reads: Mapping[str, Tensor], actions: Float32Array
+    ) -> Mapping[str, npt.NDArray[np.bool_]]:
+        """View key -> bool [row, column] of its tokens, for one session.
+
+        `reads`: stage name -> [1, page, *page shape] of what was perceived in `observation`. `actions`: the chunk that was
+        made of it, [horizon, action_dim] in the robot's units.
+        """
+        ...
 
 
 @runtime_checkable

@@ -19,7 +19,8 @@ from ganglion.errors import (
 )
 from ganglion.metrics import Metrics
 from ganglion.pipeline.act import ActionGuard
-from ganglion.pipeline.gate import Gate, GateConfig
+from ganglion.pipeline.gate import GateConfig
+from ganglion.pipeline.gating import Gating
 from ganglion.pipeline.session import Session, Submission
 from ganglion.pipeline.triage import Triage
 from ganglion.pipeline.tune import Pace, Tuner
@@ -31,7 +32,6 @@ from ganglion.types import (
     Command,
     DegreeStats,
     Float32Array,
-    Observation,
     OverridePrompt,
     PaceStats,
     RequestId,
@@ -80,8 +80,7 @@ class Dispatcher:
         self._next_tuning_s = 0.0
         self._engine, self._spec, self._clock, self._metrics = engine, spec, clock, metrics
         self._guard = ActionGuard(spec)
-        self._gate_config = gate
-        self._gates: dict[SessionId, Gate] = {}
+        self._gating = Gating(gate, spec, engine, metrics)
         self._sessions: dict[SessionId, Session] = {}
         self._open: dict[RequestId, tuple[Session, Submission]] = {}
         self._num_requests = self._num_results = self._num_errors = self._num_cancelled = 0
@@ -185,25 +184,13 @@ class Dispatcher:
             self._engine.submit(
                 submission.request_id,
                 self._spec.name,
-                self._gated(submission.observation, now_s),
+                self._gating.admit(submission.observation, now_s),
                 deadline_s=urgency.deadline_s,
                 num_flow_steps=self._triage.num_flow_steps,
                 wait_ratio=urgency.wait_ratio,
             )
             return True
         return False
-
-    def _gated(self, observation: Observation, now_s: float) -> Observation:
-        """What of the observation is perceived anew: all of it, unless the service has a gate."""
-        if self._gate_config is None:
-            return observation
-        gate = self._gates.get(observation.session_id)
-        if gate is None:
-            gate = self._gates[observation.session_id] = Gate(self._gate_config, self._spec.views)
-        gated, decisions = gate.admit(observation, now_s=now_s)
-        for decision in decisions.values():
-            self._metrics.gated_views.inc(action=decision.action)
-        return gated
 
     def _give_up(self, now_s: float) -> None:
         """Cancel, between two steps, what is superseded or hopeless."""
@@ -252,7 +239,7 @@ class Dispatcher:
                 if submission.request_id in self._open:
                     self._answer(submission.request_id, CancelledError("session was reset"))
             self._engine.close_session(session_id)
-            self._gates.pop(session_id, None)
+            self._gating.forget(session_id)
             self._settle_all()
             self._triage.forget(session_id, is_gone=is_gone)
         if is_gone:
@@ -292,6 +279,7 @@ class Dispatcher:
         except UnsafeActionError as error:
             return error
         self._engine.execute(work, checked)
+        self._gating.execute(session.session_id, checked)
         now_s = self._clock.now_s()
         self._triage.send(work.seen, num_rows=len(checked), now_s=now_s)
         for request_id, other in session.in_flight.items():

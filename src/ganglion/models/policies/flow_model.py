@@ -11,6 +11,7 @@ The rows of a KV page are tokens, so that pages laid end to end are a sequence w
 """
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from ganglion.layout import PageKind, PageLayout
 from ganglion.models.base import StageBatch
 from ganglion.models.policies.flow import FlowPolicy
 from ganglion.models.policies.guidance import Aim, Pull
-from ganglion.models.policies.patches import encode_patches
+from ganglion.models.policies.patches import attended, encode_patches, view_attention
 from ganglion.models.policies.transforms import Processor
 from ganglion.spec import PolicySpec, Stage
 from ganglion.types import Execution, Float32Array, Observation, Row, SpanKind
@@ -104,6 +105,29 @@ class FlowModel:
     def emit(self, pages: Tensor, observations: tuple[Observation, ...]) -> Float32Array:
         return self._processor.actions(pages[:, 0])
 
+    def attended(
+        self, observation: Observation, reads: Mapping[str, Tensor], actions: Float32Array
+    ) -> dict[str, Bool[np.ndarray, "row column"]]:
+        """VLA-Cache's rule (arXiv 2502.02175): tokens with at least twice an even share of their view's attention."""
+        config = self._policy.config
+        latents = self._processor.prefix(actions)[None]
+        tau = torch.full(
+            latents.shape[:2], 1.0 - 1.0 / self._num_flow_steps
+        )  # of the last flow step
+        shares = view_attention(self._policy, latents, tau, self._context(reads))
+        grids = {
+            view.key: (-(-view.height // config.patch_px), -(-view.width // config.patch_px))
+            for view in self.spec.views
+        }
+        return {
+            key: mask.reshape(grids[key])
+            for key, mask in zip(config.view_keys, attended(shares)[0], strict=True)
+        }
+
+    def _context(self, reads: Mapping[str, Tensor]) -> Float[Tensor, "b layer 2 context head dim"]:
+        pages = torch.cat([reads["text"], reads["observation"]], dim=1)
+        return _from_pages(pages)[:, :, :, : self._policy.config.num_context_tokens]
+
     def _encode(self, stage: Stage, batch: StageBatch) -> Tensor:
         view = self._view_of_stage[stage.name]
         index = self._policy.config.view_keys.index(view)
@@ -142,8 +166,7 @@ class FlowModel:
     def _denoise(self, stage: Stage, batch: StageBatch) -> Tensor:
         config = self._policy.config
         widths = torch.tensor([self._width(row) for row in batch.rows], dtype=torch.float32)
-        pages = torch.cat([batch.reads["text"], batch.reads["observation"]], dim=1)
-        context = _from_pages(pages)[:, :, :, : config.num_context_tokens]
+        context = self._context(batch.reads)
         latents = batch.reads[stage.name][:, 0]
         tau = torch.tensor([row.first_unit for row in batch.rows], dtype=torch.float32) * widths
         taus = tau[:, None].repeat(1, config.horizon)
