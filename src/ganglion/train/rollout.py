@@ -25,6 +25,7 @@ import numpy as np
 from torch import Tensor
 
 from ganglion.robots.catalog import Arm
+from ganglion.robots.execution import OLD_SHARE, roll
 from ganglion.robots.metaworld import MAX_TICKS, STATE_KEY, VIEW_KEYS
 from ganglion.train.actor import Actor, Draft, Glance
 from ganglion.types import Execution, Float32Array, Plan
@@ -32,8 +33,6 @@ from ganglion.types import Execution, Float32Array, Plan
 PERCEIVE_SHARE = (
     0.3  # of the time from picture to chunk: bench control's perceive / (perceive + generate)
 )
-BLEND_NEW = 0.7  # LeRobot's weighted average
-M_PER_ACTION = 0.01  # Meta-World: an action of 1 moves the hand's target by a centimetre
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +116,7 @@ class Episode:
         state = np.asarray(views[STATE_KEY], np.float32)
         plan = self._plan(seen_tick=tick, tick=tick, launch_tick=tick)
         if config.execution is Execution.ROLLED and plan is not None:
-            state = rolled(state, plan.actions[: plan.num_committed])
+            state = roll(state, plan.actions[: plan.num_committed], self.arm.embodiment)
         return Glance(
             images=np.stack([views[key] for key in VIEW_KEYS]).astype(np.uint8),
             state=state,
@@ -220,7 +219,7 @@ class Episode:
     def _blended(self, tick: int, first_tick: int, chunk: Float32Array) -> tuple[int, Float32Array]:
         new, old = chunk[tick - first_tick :].copy(), self._rows(tick)
         num_both = min(len(new), len(old))
-        new[:num_both] = (1 - BLEND_NEW) * old[:num_both] + BLEND_NEW * new[:num_both]
+        new[:num_both] = OLD_SHARE * old[:num_both] + (1 - OLD_SHARE) * new[:num_both]
         return tick, new
 
 
@@ -244,13 +243,6 @@ def run_episodes(episodes: Sequence[Episode], actor: Actor) -> None:
         _deliver(active, actor, tick)  # what takes no time
         for episode in active:
             episode.advance(tick)
-
-
-def rolled(state: Float32Array, actions: Float32Array) -> Float32Array:
-    """Meta-World's state [x, y, z, opening] after `actions`, without what the world does to the arm."""
-    moved = state.copy()
-    moved[:3] += M_PER_ACTION * np.clip(actions[:, :3], -1.0, 1.0).sum(axis=0)
-    return moved
 
 
 def mean_square(values: Iterable[float]) -> float:
