@@ -128,7 +128,7 @@ class Session:
             tier.ledger.commit(stage.layout, pages, None)
             held[stage.name] = (stage, pages)
             if stage.name == "recall":
-                self._note(batch, out)
+                self._note(seen, {**reads, "recall": out})
         for name in ("recurrent", "memory"):
             orders = self.carried.keep(name, held[name][1][0], seq=seen.seq)
             encode_carried(tier.arena, tier.codec, orders)
@@ -138,12 +138,12 @@ class Session:
         tier.ledger.check_integrity()
         return actions
 
-    def _note(self, batch: StageBatch, recalled: Tensor) -> None:
+    def _note(self, seen: Observation, reads: dict[str, Tensor]) -> None:
         kept = self.carried.earlier("memory")
-        (masses,) = self._model.relevance(batch, recalled)
+        (masses,) = self._model.relevance(reads)
         of_kept = masses[len(masses) - len(kept) :]
         by_seq = {item.seq: mass for item, mass in zip(kept, of_kept, strict=True)}
-        self.carried.note("memory", by_seq, now=batch.observations[0].seq)
+        self.carried.note("memory", by_seq, now=seen.seq)
 
 
 def model_of(checkpoint: TemporalCheckpoint) -> TemporalModel:

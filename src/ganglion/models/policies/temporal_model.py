@@ -14,6 +14,7 @@ encoded arrive decoded: which they are is the affair of whoever keeps them (`mem
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,14 +107,14 @@ class TemporalModel:
     def emit(self, pages: Tensor, observations: tuple[Observation, ...]) -> Float32Array:
         return self._perceiving.emit(pages, observations)
 
-    def relevance(self, batch: StageBatch, recalled: Tensor) -> list[list[float]]:
+    def relevance(self, reads: Mapping[str, Tensor]) -> list[list[float]]:
         """Of each row: the shares of the expert's attention that its carried memory pages receive, oldest first.
 
-        `batch` is what `recall` was run with, `recalled` what it wrote. Places without a page receive what their
-        stand-in receives; a history is told of its pages only (`memory.carried.CarriedPages.note`).
+        `reads`: pages of text, observation and recall, of one observation a row. Places without a page receive what
+        their stand-in receives; a history is told of its own pages only (`memory.carried.CarriedPages.note`).
         """
-        context = self._context(batch.reads["text"], batch.reads["observation"])
-        context_kv = torch.cat([context, _sequence(recalled)], dim=3)
+        context = self._context(reads["text"], reads["observation"])
+        context_kv = torch.cat([context, _sequence(reads["recall"])], dim=3)
         shares: list[list[float]] = self._policy.relevance(context_kv)[:, :-1].clamp(0, 1).tolist()
         return shares
 
