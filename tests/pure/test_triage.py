@@ -67,7 +67,8 @@ def test_a_robot_runs_dry_when_its_rows_end_or_its_observation_is_too_old() -> N
     first = seen(0, deadline_ms=None)
     supply.receive(first, 10.0)
     assert supply.dry_s() is None
-    assert supply.deadline_s(10.25) == 10.25
+    supply.receive(seen(1, deadline_ms=None), 10.05)
+    assert supply.deadline_s(10.3) == 10.0, "it waits since then"
     supply.send(first, num_rows=8, now_s=10.1)
     assert supply.dry_s() == pytest.approx(10.4), "8 rows at 20 Hz from the observation on"
     aged = Supply()
@@ -225,3 +226,18 @@ STAGE = Stage(
 def test_requests_under_way_end_where_batching_does(base: int, each: int, expected: int) -> None:
     admission = Admission(Table(base, each), model="m", stages=(STAGE,), max_rows=64, num_lanes=1)
     assert admission.limit(5) == expected
+
+
+def test_pressure_counts_from_the_first_observation_without_an_answer() -> None:
+    supply = Supply()
+    supply.receive(seen(0), 10.0)
+    supply.send(seen(0), num_rows=48, now_s=10.02)
+    supply.receive(seen(1), 10.15)
+    assert supply.pressure(seen(1), 10.2) == pytest.approx(0.5), "dry at 10.25"
+    supply.receive(seen(2), 10.3)
+    assert supply.pressure(seen(2), 10.31) == pytest.approx(1.6), "number 1 waited in vain"
+    asking_when_dry = Supply()
+    asking_when_dry.receive(seen(0), 10.0)
+    asking_when_dry.send(seen(0), num_rows=4, now_s=10.02)
+    asking_when_dry.receive(seen(1), 10.2)
+    assert asking_when_dry.pressure(seen(1), 10.225) == pytest.approx(0.1)

@@ -81,8 +81,13 @@ class Supply:
         return min((end for end in ends if end is not None), default=None)
 
     def deadline_s(self, own_s: float) -> float:
-        """Of a request of this robot; `own_s`, its own deadline, while it is unknown when the robot runs dry."""
+        """Of a request of this robot: when it runs dry, or since when it waits for its first chunk.
+
+        `own_s`, what the request itself says, counts where neither is known.
+        """
         dry_s = self.dry_s()
+        if dry_s is None and self._sent is None:
+            dry_s = self._asked_s  # not the newest observation's: each new one would put it back
         return own_s if dry_s is None else dry_s
 
     def expires_s(self, seen: Observation) -> float | None:
@@ -93,13 +98,16 @@ class Supply:
         return received_s + seen.deadline_ms * 1e-3
 
     def pressure(self, seen: Observation, now_s: float) -> float | None:
-        """Share of the time that there was for answering `seen` which a chunk sent now has used; above 1 it is late."""
-        received_s, expires_s = self._received_s.get(seen.seq), self.expires_s(seen)
-        if received_s is None or expires_s is None:
+        """Share of the time that there was for an answer which a chunk sent now has used; above 1 it is late.
+
+        Counted from the first observation that no chunk answers yet: one that was displaced by a newer one waited too.
+        None for a robot that did not say how old an observation may be.
+        """
+        if self._asked_s is None or seen.deadline_ms is None:
             return None
-        age_s = expires_s - received_s
-        room_s = self.deadline_s(expires_s) - received_s
-        return (now_s - received_s) / (room_s if room_s > LEAST_ROOM * age_s else age_s)
+        age_s = seen.deadline_ms * 1e-3
+        room_s = self.deadline_s(self._asked_s + age_s) - self._asked_s
+        return (now_s - self._asked_s) / (room_s if room_s > LEAST_ROOM * age_s else age_s)
 
     def wait_ratio(self, now_s: float) -> float:
         """Time it waited for generation over time it executed, of about the last ten seconds."""
