@@ -23,7 +23,6 @@ def test_every_figure_is_measured() -> None:
         assert facts["configs"].keys() == CONFIGS.keys()
         assert facts["num_frames"] > 0
     static = scenes["static"]["configs"]
-    gated = static["gated, not asking what the instruction attends to"]
-    assert gated["fixed"]["shares"]["skip"] >= 0.9, "noise alone is skipped"
+    assert static["gated"]["fixed"]["shares"]["skip"] >= 0.9, "noise alone is skipped"
     other_seed = static["full"]["chunk_drift_rms_of_another_noise_seed"]
     assert static["gated"]["chunk_drift_rms"] < 0.5 * other_seed
