@@ -83,6 +83,8 @@ class StageLink:
         self.broken_s = (1e9, 1e9)  # chunks of observations between them are NaN
         self.drops: set[int] = set()  # observations that are lost with their connection
         self.sent: list[dict] = []
+        self.num_resets = 0
+        self.bad_field: str | None = None
         self.fails: dict[int, ErrorCode] = {}
         self._on_air: list[tuple[float, object]] = []
 
@@ -96,6 +98,7 @@ class StageLink:
         return len(self._on_air)
 
     def reset(self) -> None:
+        self.num_resets += 1
         self._on_air.clear()
 
     def send(self, observation, *, sent, prompt, **hints) -> bool:
@@ -108,7 +111,7 @@ class StageLink:
             self.num_reconnects += 1
             return True
         if index in self.fails:
-            answer = ReplyError("no", code=self.fails[index], seq=index)
+            answer = ReplyError("no", code=self.fails[index], seq=index, field=self.bad_field)
         else:
             reply = self._reply(index, hints["executed_until"])
             if self.broken_s[0] <= now_s < self.broken_s[1]:
@@ -264,6 +267,15 @@ def test_errors_are_counted_and_the_arm_goes_on():
     stage.link.fails = {0: ErrorCode.OVERLOADED, 5: ErrorCode.SUPERSEDED}
     result = stage.run()
     assert result.errors == {"overloaded": 1, "superseded": 1}
+    assert result.num_holds == 0
+
+
+def test_a_session_that_still_counts_the_last_episode_is_reset_once_more():
+    stage = Stage()
+    stage.link.fails, stage.link.bad_field = {0: ErrorCode.INVALID_FIELD}, "executed_until"
+    result = stage.run()
+    assert stage.link.num_resets == 2
+    assert result.errors == {"invalid_field": 1}
     assert result.num_holds == 0
 
 

@@ -13,6 +13,7 @@ from ganglion.robots.queue import (
     Chunk,
     Embodiment,
     Mode,
+    QueueConfig,
     Verdict,
 )
 
@@ -42,8 +43,8 @@ def chunk_of(obs_tick: int, num_rows: int = 10, *, version: str = "v1", **change
 class Arm:
     """A queue and the time that belongs to its ticks."""
 
-    def __init__(self, embodiment: Embodiment = DELTA) -> None:
-        self.queue, self.tick = ActionQueue(embodiment), 0
+    def __init__(self, embodiment: Embodiment = DELTA, config: QueueConfig | None = None) -> None:
+        self.queue, self.tick = ActionQueue(embodiment, config), 0
 
     def offer(self, chunk: Chunk) -> Verdict:
         return self.queue.offer(chunk, now_s=self.tick * PERIOD_S)
@@ -168,6 +169,76 @@ def test_another_policy_ends_the_old_plan():
     arm.steps(6)
     assert arm.offer(chunk_of(1, 3, version="v2")) is Verdict.LATE
     assert arm.step().mode is Mode.HOLD
+
+
+def test_of_two_chunks_of_one_observation_the_later_request_wins():
+    arm = Arm()
+    assert arm.offer(chunk_of(0, request=3)) is Verdict.ACCEPTED
+    later = actions_of(0) + np.array([50.0, 0.0], np.float32)
+    assert arm.offer(chunk_of(0, actions=later, request=5)) is Verdict.ACCEPTED
+    assert arm.offer(chunk_of(0, request=5)) is Verdict.OUTDATED
+    assert arm.offer(chunk_of(0, request=4)) is Verdict.OUTDATED
+    assert arm.step().action[0] == 50
+    assert arm.offer(chunk_of(1, request=4)) is Verdict.ACCEPTED, "a newer observation goes first"
+
+
+def test_a_chunk_for_a_later_start_lets_the_plan_run_until_then():
+    arm = Arm()
+    arm.offer(chunk_of(0))
+    arm.steps(2)
+    assert arm.offer(chunk_of(2, first_tick=5)) is Verdict.ACCEPTED
+    assert arm.queue.slots()[:, 0].tolist() == [2, 3, 4, *range(200, 210)]
+    commands = arm.steps(5)
+    assert [command.action[0] for command in commands] == [2, 3, 4, 200, 201]
+    assert [command.obs_tick for command in commands] == [0, 0, 0, 2, 2]
+
+
+def test_a_newer_chunk_with_an_earlier_start_replaces_one_that_has_not_begun():
+    arm = Arm()
+    arm.offer(chunk_of(0))
+    arm.step()
+    arm.offer(chunk_of(0, first_tick=6, request=1))
+    arm.offer(chunk_of(1, first_tick=4))
+    assert [command.action[0] for command in arm.steps(6)] == [1, 2, 3, 100, 101, 102]
+
+
+def test_a_gap_before_a_later_start_is_held_and_is_the_end_of_what_is_planned():
+    arm = Arm()
+    arm.offer(chunk_of(0, 2))
+    arm.step()
+    arm.offer(chunk_of(1, first_tick=4))
+    assert arm.queue.slots()[:, 0].tolist() == [1]
+    modes = [command.mode for command in arm.steps(4)]
+    assert modes == [Mode.RUN, Mode.HOLD, Mode.HOLD, Mode.RUN]
+    assert arm.queue.counts.holds == 2
+
+
+@pytest.mark.parametrize("first_tick", [None, 4])
+def test_overlapping_rows_are_averaged_the_others_are_the_new_ones(first_tick):
+    arm = Arm(config=QueueConfig(old_share=0.3))
+    old = np.array([[10.0, 1.0]] * 8, np.float32)
+    new = np.array([[20.0, 0.0]] * 8, np.float32)
+    arm.offer(chunk_of(0, actions=old))
+    arm.steps(3)
+    arm.offer(chunk_of(2, actions=new, first_tick=first_tick))
+    start = 2 if first_tick is None else first_tick
+    rows = arm.queue.slots()
+    mixed = slice(max(0, start - 3), 5)  # ticks from the later start to 7, the old chunk's last
+    assert rows[mixed] == pytest.approx(np.array([[17.0, 0.3]] * len(rows[mixed])), abs=1e-5)
+    assert rows[5:].tolist() == [[20.0, 0.0]] * (start + 8 - 8)
+    assert rows[: mixed.start].tolist() == [[10.0, 1.0]] * mixed.start
+    assert new[0].tolist() == [20.0, 0.0], "the chunk itself stays as it came"
+
+
+def test_averages_of_what_is_in_bounds_are_in_bounds():
+    arm = Arm(POSITION, QueueConfig(old_share=0.3))
+    rng = np.random.default_rng(0)
+    for tick in range(200):
+        values = rng.choice([0.0, 512.0, 0.1, 511.9], (4, 2)).astype(np.float32)
+        assert arm.offer(chunk_of(tick, actions=values)) is Verdict.ACCEPTED
+        action = arm.step().action
+        assert (action >= 0).all()
+        assert (action <= 512).all()
 
 
 def test_fence_wants_an_observation_of_its_own_side():

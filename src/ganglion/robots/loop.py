@@ -14,8 +14,6 @@ is the arm under control. The world's own rate is another matter: Meta-World's i
 """
 
 import logging
-import math
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -24,7 +22,9 @@ from typing import Any
 from ganglion.client import ReplyError, ReplyTimeoutError
 from ganglion.clock import Clock
 from ganglion.errors import FieldError, GanglionError
+from ganglion.robots.arrivals import Arrivals
 from ganglion.robots.catalog import Arm
+from ganglion.robots.display import Display
 from ganglion.robots.episode import EpisodePlan, EpisodeResult
 from ganglion.robots.execution import OLD_SHARE, ChunkExecution, DelayForecast, Outlook
 from ganglion.robots.link import MAX_IN_FLIGHT, Answered, Link, Sent
@@ -38,7 +38,7 @@ from ganglion.robots.queue import (
     QueueCounts,
     Verdict,
 )
-from ganglion.robots.side import MAX_QUEUE_ROWS, VIEW_PX, SideChannel
+from ganglion.robots.side import SideChannel
 from ganglion.types import Execution
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 RESEND_S = 1.0  # the first observation of an episode, while nothing answers it
 RETRY_S = 0.1
 MIN_WAIT_S = 1e-6  # a clock of whole nanoseconds may never reach a deadline exactly
-VIEW_MARGIN_S = 0.004  # of a tick's slack that rendering for people leaves alone
 SEEDS_PER_EPISODE = 1_000
 
 
@@ -114,24 +113,23 @@ class RobotLoop:
             embodiment, replace(config.queue, old_share=OLD_SHARE) if is_blending else config.queue
         )
         self._period_s = 1 / config.rate_hz
+        is_lockstep = config.pace is Pace.LOCKSTEP
+        # a world that waits is in no hurry, however busy the machine
+        self._deadline_ms = None if is_lockstep else config.queue.miss_age_s * 1e3
         self._tick = 0
         self._num_reconnects = 0
-        # LOCKSTEP: (tick at which it is there, chunk); None: lost on the way, and given up at that tick
-        self._arriving: list[tuple[int, Answered | None]] = []
-        is_lockstep = config.pace is Pace.LOCKSTEP
+        self._arrivals = Arrivals(
+            link.road,
+            rate_hz=config.rate_hz,
+            delay_ticks=config.delay_ticks,
+            give_up_ticks=round(config.queue.max_age_s * config.rate_hz),
+        )
         self._forecast = DelayForecast(config.delay_ticks if is_lockstep else 1)
         self._execution = self._new_execution()
         self._is_waiting = False  # for an episode's first chunk; the world stands still
         self._next_send = 0
-        self._side: SideChannel | None = None
-        self._view_cost_s = 0.015
-        self._tick_times: deque[float] = deque(maxlen=max(2, round(config.rate_hz)))
-        self._last_command: Command | None = None
-        self._reply_prompt: str | None = None
-        self._latency_ms: float | None = None
-        self._num_episodes = self._num_successes = 0
+        self._display = Display(clock, rate_hz=config.rate_hz)
         self._fitting: dict[str, Arm] = {}  # the served policy is made for them
-        self._warm: dict[str, Arm] = {}  # their view for people has its renderer
 
     @property
     def counts(self) -> QueueCounts:
@@ -150,7 +148,7 @@ class RobotLoop:
 
     def attach(self, side: SideChannel) -> None:
         """Tell people about it from now on."""
-        self._side = side
+        self._display.attach(side)
 
     def resume(self) -> None:
         """Leave SAFE_STOP."""
@@ -167,9 +165,7 @@ class RobotLoop:
             check_policy_fits(self._link.metadata, arm)
             self._check_delay()
             self._fitting[arm.name] = arm
-        if self._side is not None and self._warm.get(arm.name) is not arm:
-            self._warm_up(arm)
-            self._warm[arm.name] = arm
+        self._display.prepare(arm)
 
     def run_episode(self, arm: Arm, plan: EpisodePlan) -> EpisodeResult | None:
         """Run one episode to its end; None when told to stop. Raises what no waiting mends."""
@@ -208,7 +204,10 @@ class RobotLoop:
                 )
             self._queue.resume()
         self._queue.restart()
-        self._arriving.clear()
+        self._arrivals.clear()
+        self._reset_session()
+
+    def _reset_session(self) -> None:
         try:
             self._link.reset()
         except GanglionError as error:  # an old context costs nothing but pages
@@ -262,8 +261,10 @@ class RobotLoop:
             answer = self._link.poll(min(RETRY_S, max(0.0, send_s - now_s)))
             if isinstance(answer, ReplyError):
                 send_s = real_s() + RETRY_S
+                if answer.field == "executed_until":  # the reset did not get through
+                    self._reset_session()
             self._take(answer, result)
-            self._report(arm, result)
+            self._display.report(arm, result, self._queue, self._tick)
         return True
 
     def _run_ticks(self, arm: Arm, result: EpisodeResult, start_s: float) -> bool:
@@ -293,8 +294,8 @@ class RobotLoop:
             self._note(command, result)
             if world.success and result.success_tick is None:
                 result.success_tick, result.is_success = index + 1, True
-            self._report(arm, result)
-            self._show(arm, start_s + (index + 1) * self._period_s)
+            self._display.report(arm, result, self._queue, self._tick)
+            self._display.show(arm, start_s + (index + 1) * self._period_s)
             if result.success_tick is not None and index + 1 >= (
                 result.success_tick + config.settle_ticks
             ):
@@ -310,13 +311,13 @@ class RobotLoop:
 
     def _num_under_way(self) -> int:
         is_lockstep = self._config.pace is Pace.LOCKSTEP
-        return len(self._arriving) if is_lockstep else self._link.num_in_flight
+        return len(self._arrivals) if is_lockstep else self._link.num_in_flight
 
     def _outlook(self) -> Outlook:
         """What will run, and when the chunk of an observation of now is to be expected."""
         delay_ticks = 0 if self._is_waiting else self._forecast.ticks
         if self._config.pace is Pace.LOCKSTEP:
-            next_tick = min((tick for tick, _ in self._arriving), default=None)
+            next_tick = self._arrivals.next_tick
         else:
             oldest_tick = self._link.oldest_tick
             next_tick = None if oldest_tick is None else oldest_tick + delay_ticks
@@ -329,10 +330,8 @@ class RobotLoop:
 
     def _send_observation(self, arm: Arm, result: EpisodeResult) -> bool:
         is_lockstep = self._config.pace is Pace.LOCKSTEP and not self._is_waiting
-        there_s = self._link.road.travel_s() if is_lockstep else 0.0
-        if there_s is None:
-            self._note_lost()
-            return True
+        if is_lockstep and not self._arrivals.depart(self._tick):
+            return True  # a robot cannot know
         obs_s, obs_ns = self._clock.now_s(), self._clock.now_ns()
         views = arm.world.observe()
         result.add_sample("render", (self._clock.now_s() - obs_s) * 1e3)
@@ -343,18 +342,13 @@ class RobotLoop:
             prompt=result.prompt,
             obs_time_ns=obs_ns,
             control_hz=self._config.rate_hz,
-            deadline_ms=self._config.queue.miss_age_s * 1e3,
+            deadline_ms=self._deadline_ms,
             seed=result.seed * SEEDS_PER_EPISODE + result.num_ticks % SEEDS_PER_EPISODE,
             **told.hints,
         )
         if is_lockstep:
-            self._await_answer(there_s, result)
+            self._await_answer(result)
         return is_sent
-
-    def _note_lost(self) -> None:
-        """LOCKSTEP: a message that the road lost. The robot cannot know; it waits as long as a chunk would be good for."""
-        wait_ticks = round(self._config.queue.max_age_s * self._config.rate_hz)
-        self._arriving.append((self._tick + wait_ticks, None))
 
     def _wait_until(self, deadline_s: float, result: EpisodeResult) -> None:
         if self._config.pace is Pace.LOCKSTEP:
@@ -365,20 +359,14 @@ class RobotLoop:
 
     def _take_arrived(self, result: EpisodeResult) -> None:
         if self._config.pace is Pace.LOCKSTEP:
-            arrived = [item for item in self._arriving if item[0] <= self._tick]
-            self._arriving = [item for item in self._arriving if item[0] > self._tick]
-            for _, chunk in sorted(arrived, key=lambda item: item[0]):
-                if chunk is not None:
-                    self._offer(chunk, result)
+            for chunk in self._arrivals.due(self._tick):
+                self._offer(chunk, result)
             return
         while (answer := self._link.poll(0.0)) is not None:
             self._take(answer, result)
 
-    def _await_answer(self, there_s: float, result: EpisodeResult) -> None:
-        """LOCKSTEP: the world waits here for the answer to what was just sent, or for the connection to come back.
-
-        `there_s`: how much longer a bad link took on the way there.
-        """
+    def _await_answer(self, result: EpisodeResult) -> None:
+        """LOCKSTEP: the world waits here for the answer to what was just sent, or for the connection to come back."""
         end_s = self._link.clock.now_s() + self._config.first_chunk_s
         while not self._should_stop():
             answer = self._link.poll(RETRY_S)
@@ -387,7 +375,7 @@ class RobotLoop:
                 self._take(answer, result)
                 return
             if answer is not None:
-                self._note_answer(there_s, answer)
+                self._arrivals.add(answer)
                 return
             if self._link.clock.now_s() > end_s:
                 raise ReplyTimeoutError(
@@ -396,14 +384,6 @@ class RobotLoop:
                 )
             if self._link.num_in_flight == 0 and self._link.is_connected:
                 return  # lost with its connection: the next observation asks again
-
-    def _note_answer(self, there_s: float, answer: Answered) -> None:
-        back_s = self._link.road.travel_s()
-        if back_s is None:
-            self._note_lost()
-            return
-        late_ticks = math.ceil((there_s + back_s) * self._config.rate_hz - 1e-9)
-        self._arriving.append((answer.sent.tick + self._config.delay_ticks + late_ticks, answer))
 
     def _take(self, answer: Answered | ReplyError | None, result: EpisodeResult) -> None:
         self._note_reconnect()
@@ -421,7 +401,7 @@ class RobotLoop:
     def _offer(self, answer: Answered, result: EpisodeResult) -> None:
         reply, context = answer.reply, answer.context
         result.num_chunks += 1
-        self._latency_ms, self._reply_prompt = answer.round_trip_ms, reply.prompt
+        self._display.note_answer(answer)
         result.add_sample("round_trip", answer.round_trip_ms)
         result.add_sample("server", reply.server_ms)
         for stage in ("queue", "perceive", "generate", "wait", "infer"):
@@ -454,8 +434,7 @@ class RobotLoop:
     # --- what people and results see ---------------------------------------------------------------------------
 
     def _note(self, command: Command, result: EpisodeResult) -> None:
-        self._last_command = command
-        self._tick_times.append(self._clock.now_s())
+        self._display.note_tick(command)
         result.num_ticks += 1
         if command.age_s is not None:
             result.ages_ms.append(round(command.age_s * 1e3, 3))
@@ -469,58 +448,7 @@ class RobotLoop:
         result.num_late = after.late - before["late"]
         result.num_safe_stops = after.safe_stops - before["safe_stops"]
         result.num_reconnects = self._num_reconnects - num_reconnects
-        self._num_episodes += 1
-        self._num_successes += result.is_success
-
-    def _rate_hz(self) -> float:
-        times = self._tick_times
-        if len(times) < 2 or times[-1] == times[0]:
-            return 0.0
-        return (len(times) - 1) / (times[-1] - times[0])
-
-    def _report(self, arm: Arm, result: EpisodeResult) -> None:
-        if self._side is None or not self._side.wants_telemetry():
-            return
-        command, counts = self._last_command, self._queue.counts
-        age_s = None if command is None else command.age_s
-        self._side.offer_telemetry(
-            {
-                "tick": self._tick,
-                "queue": self._queue.slots()[:MAX_QUEUE_ROWS].tolist(),
-                "rate_hz": self._rate_hz(),
-                "obs_age_ms": None if age_s is None else age_s * 1e3,
-                "num_misses": counts.misses,
-                "num_holds": counts.holds,
-                "episode": self._num_episodes,
-                "num_episodes": self._num_episodes,
-                "num_successes": self._num_successes,
-                "is_success": result.is_success,
-                "task": arm.task,
-                "prompt": result.prompt,
-                "reply_prompt": self._reply_prompt,
-                "latency_ms": self._latency_ms,
-            }
-        )
-
-    def _warm_up(self, arm: Arm) -> None:
-        """The first view of a world makes its renderer, which takes many ticks: not while the arm moves."""
-        if arm.view is not None:
-            arm.view(VIEW_PX)
-            start_s = self._clock.now_s()
-            arm.view(VIEW_PX)
-            self._view_cost_s = min(self._clock.now_s() - start_s, self._period_s)
-
-    def _show(self, arm: Arm, deadline_s: float) -> None:
-        """Render for people, only when it fits into what is left of this tick."""
-        if self._side is None or arm.view is None or not self._side.wants_view():
-            return
-        start_s = self._clock.now_s()
-        if deadline_s - start_s < self._view_cost_s + VIEW_MARGIN_S:
-            self._view_cost_s *= 0.99  # one slow view must not end them all
-            return
-        self._side.offer_view(arm.view(VIEW_PX))
-        cost_s = min(self._clock.now_s() - start_s, self._period_s)  # a stall is no forecast
-        self._view_cost_s += 0.2 * (cost_s - self._view_cost_s)
+        self._display.note_episode(is_success=result.is_success)
 
 
 def check_policy_fits(metadata: Mapping[str, Any], arm: Arm) -> None:
