@@ -7,7 +7,7 @@ policy and no delay. All motion follows from task, seed and tick: the same on ev
 |---|---|---|
 | a fixed body (button, drawer, window, faucet, handle, door) | its place in the model | Meta-World's own; a target on the body moves with it |
 | the goal of push and pick-place | its site and the target | Meta-World's own, against the goal where it is now |
-| the puck | a belt: displaced while it lies on the table and nothing of the arm touches it | as above |
+| the puck | a belt under its box: displaced while it lies there and nothing of the arm touches it | as above |
 
 Motion stays in the box that training drew its starts from. No motion solves a task: a body's target moves along, and
 puck and goal keep in boxes that are further apart than success reaches.
@@ -28,6 +28,7 @@ from ganglion.types import Float32Array, UInt8Array
 FIRST_JUMP_TICKS = (8, 30)
 JUMP_TICKS = (40, 80)  # from one jump to the next
 _ON_TABLE_Z_M = 0.03  # of a puck's centre: it lies at 0.02
+_EDGE_M = 0.001  # a puck that the physics moved so far out of its box is still on the belt
 
 Place = npt.NDArray[np.float64]
 
@@ -61,16 +62,16 @@ class Mover:
     speed_m_s: float
 
 
-_DRAWER = Mover(kind=Kind.BODY, name="drawer", low=(-0.1, 0.9), high=(0.1, 0.9), speed_m_s=0.2)
-_WINDOW = Mover(kind=Kind.BODY, name="window", low=(-0.1, 0.75), high=(0.1, 0.9), speed_m_s=0.2)
+_DRAWER = Mover(kind=Kind.BODY, name="drawer", low=(-0.1, 0.9), high=(0.1, 0.9), speed_m_s=0.1)
+_WINDOW = Mover(kind=Kind.BODY, name="window", low=(-0.1, 0.75), high=(0.1, 0.9), speed_m_s=0.15)
 _BOX = Mover(kind=Kind.BODY, name="box", low=(-0.1, 0.8), high=(0.1, 0.9), speed_m_s=0.2)
 _FAUCET = Mover(
-    kind=Kind.BODY, name="faucetBase", low=(-0.05, 0.8), high=(0.05, 0.85), speed_m_s=0.2
+    kind=Kind.BODY, name="faucetBase", low=(-0.05, 0.8), high=(0.05, 0.85), speed_m_s=0.1
 )
 _DOOR = Mover(kind=Kind.BODY, name="door", low=(0.0, 0.85), high=(0.1, 0.95), speed_m_s=0.2)
-_PUCK = Mover(kind=Kind.PUCK, name="objjoint", low=(-0.1, 0.6), high=(0.1, 0.7), speed_m_s=0.1)
+_PUCK = Mover(kind=Kind.PUCK, name="objjoint", low=(-0.1, 0.6), high=(0.1, 0.7), speed_m_s=0.04)
 _GOAL = Mover(kind=Kind.GOAL, name="goal", low=(-0.1, 0.8), high=(0.1, 0.9), speed_m_s=0.2)
-_HIGH_GOAL = replace(_GOAL, low=(-0.1, 0.8, 0.05), high=(0.1, 0.9, 0.3))
+_HIGH_GOAL = replace(_GOAL, low=(-0.1, 0.8, 0.05), high=(0.1, 0.9, 0.3), speed_m_s=0.1)
 
 MOVERS: dict[str, tuple[Mover, ...]] = {
     "button-press-topdown": (_BOX,),
@@ -79,12 +80,22 @@ MOVERS: dict[str, tuple[Mover, ...]] = {
     "window-open": (replace(_WINDOW, low=(-0.1, 0.7)),),
     "window-close": (_WINDOW,),
     "faucet-open": (_FAUCET,),
-    "handle-press": (_BOX,),
+    "handle-press": (replace(_BOX, speed_m_s=0.15),),
     "door-close": (_DOOR,),
     "push": (_GOAL, _PUCK),
-    "pick-place": (_HIGH_GOAL, _PUCK),
+    "pick-place": (_HIGH_GOAL, replace(_PUCK, speed_m_s=0.02)),
 }
-MOVING_TASKS = tuple(MOVERS)
+# What benches run: solved when chunks are fresh, and worse the later they come. Drawers and window-close hardly notice
+# motion (the hand is behind the handle for most of the time); pick-place is lost often even when chunks are fresh.
+MOVING_TASKS = (
+    "button-press-topdown",
+    "push",
+    "faucet-open",
+    "handle-press",
+    "door-close",
+    "window-open",
+)
+MAX_MOVING_TICKS = 150  # an episode of a bench: fresh chunks need 35 to 90 ticks, luck needs more
 
 
 def movers_of(task: str) -> tuple[Mover, ...]:
@@ -222,15 +233,14 @@ class MovingMetaWorld:
 
     def _drift(self, mover: Mover, path: Drift, tick: int) -> None:
         step = path.at(tick) - path.at(tick - 1)
-        if mover.kind is not Kind.PUCK:
-            self._scene.shift(mover, step)
-        elif self._scene.is_free(mover):
-            # the arm may have put it elsewhere: no step leads further out of the box
+        if mover.kind is Kind.PUCK:
             place = self._scene.place(mover)[: len(step)]
-            is_leaving = ((place + step < mover.low) & (step < 0)) | (
-                (place + step > mover.high) & (step > 0)
-            )
-            self._scene.shift(mover, np.where(is_leaving, 0.0, step))
+            low, high = np.array(mover.low), np.array(mover.high)
+            is_on_belt = (place > low - _EDGE_M).all() and (place < high + _EDGE_M).all()
+            if not is_on_belt or not self._scene.is_free(mover):
+                return
+            step = np.clip(place + step, low, high) - place  # the arm may have put it elsewhere
+        self._scene.shift(mover, step)
 
 
 class _Scene:
