@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from ganglion.kernels.cpu import why_not_packed
 from ganglion.memory.codec.int8 import Int8Codec
 from ganglion.memory.retention.history import HistoryConfig
+from ganglion.models.packing import pack
 from ganglion.models.policies.temporal import FROZEN, NUM_STAMPS, read_stamp, stamp
 from ganglion.models.policies.temporal_checkpoint import TemporalCheckpoint
-from ganglion.models.tiny import TINY_FLOW, TINY_PROMPTS
+from ganglion.models.tiny import TINY_FLOW, TINY_PROMPTS, tiny_flow
 from ganglion.train.temporal_actor import Roads, Sight, TemporalActor
 from tests.cpu.temporal_stage import (
     TINY_MEMORY,
@@ -242,3 +244,14 @@ def test_sessions_share_a_tier_and_nothing_else(tiny: TemporalCheckpoint) -> Non
     for mine, other in zip(episode("a", 4), episode("b", 4, seed=1), strict=True):
         theirs.act(other)
         np.testing.assert_array_equal(ours.act(mine), alone.act(mine))
+
+
+def test_it_is_served_packed_in_bfloat16(tiny: TemporalCheckpoint) -> None:
+    """What `registry` loads: packed weights have no names, and the memory must not ask for them."""
+    served = tiny_temporal(tiny_flow(seed=1, dtype=torch.bfloat16))
+    served.policy.to(torch.bfloat16)
+    packed, plain = Session(model_of(served), WHOLE), Session(model_of(tiny), WHOLE)
+    if not why_not_packed(torch.bfloat16):
+        assert pack(served.policy) > 0
+    for seen in episode("arm", 4):
+        assert np.abs(packed.act(seen) - plain.act(seen)).max() < 0.15

@@ -19,14 +19,19 @@ HIDDEN_TASKS = ("push", "pick-place")
 VISIBLE_TICKS = (6, 15)  # first and last length of the look: 2 to 5 observations, one every 3 ticks
 
 
+def check_hideable(task: str) -> None:
+    """Raises FieldError for a task that there is not, or whose goal is part of the scene."""
+    task_named(task)
+    if task not in HIDDEN_TASKS:
+        raise FieldError("task", expected=f"one of {', '.join(HIDDEN_TASKS)}", got=repr(task))
+
+
 class HiddenGoal:
     """One Sawyer arm that is shown its goal, and then must remember it."""
 
     def __init__(self, *, task: str, view_px: int = VIEW_PX) -> None:
         """Raises FieldError for a task whose goal is part of the scene."""
-        task_named(task)
-        if task not in HIDDEN_TASKS:
-            raise FieldError("task", expected=f"one of {', '.join(HIDDEN_TASKS)}", got=repr(task))
+        check_hideable(task)
         self._inner = MetaWorld(task=task, view_px=view_px)
         model: Any = self._inner.env.model
         names = [model.site(site_id).name for site_id in range(model.nsite)]

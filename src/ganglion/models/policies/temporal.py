@@ -122,7 +122,7 @@ class Memory(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that it computes in."""
-        return self.rows_in.weight.dtype
+        return self.absent.dtype
 
     def encode(self, pages: Float[Tensor, "*b row column"]) -> Float[Tensor, "*b width"]:
         """One vector per memory page, whatever its age."""
