@@ -33,7 +33,8 @@ def test_ticks_between_chunks(mode: Mode) -> None:
         config = mode.config(base, late)
         assert config.ticks_per_chunk == (3 if mode.is_pipelined else max(3, late))
         assert config.delay_ticks == late
-        assert config.is_context_public == (mode.is_pipelined and late > 0)
+        is_rolled = mode.execution is Execution.ROLLED
+        assert config.is_context_public == (mode.is_pipelined and late > 0 and not is_rolled)
         assert config.execution is (mode.execution if late else config.execution)
 
 
