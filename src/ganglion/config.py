@@ -63,6 +63,7 @@ class PipelineConfig:
     gate_refresh_ms: float = 0.0  # how long a still view may go unperceived; 0 = no gate
     gate_noise_std: float = 2.0  # of the cameras, in levels of 255
     gate_motion_rms: float = 0.0  # change beyond noise that may pass unseen, in levels
+    gate_state_change: float = 0.0  # of a number of a robot's state that may pass with still views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +120,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "pipeline.gate_refresh_ms": (0, 60_000),
     "pipeline.gate_noise_std": (0.25, 64),
     "pipeline.gate_motion_rms": (0, 255),
+    "pipeline.gate_state_change": (0, inf),
     "memory.arena_bytes": (1 * MIB, inf),
     "memory.large_page_bytes": (4096, 1024 * MIB),
     "policy.num_flow_steps": (0, 10),

@@ -95,3 +95,4 @@ class Stage:
     num_slots: int  # rows of those pages that are in use
     is_shared: bool
     is_divisible: bool  # may a piece advance only some of its units?
+    is_repeatable: bool = False  # not shared, but the same observation gives the same pages again

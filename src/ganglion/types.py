@@ -45,14 +45,15 @@ class Execution(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renewal:
-    """Views of an observation of which pages hold the larger part already, as a gate found.
+    """What of an observation pages hold already, as a gate found.
 
-    `images`: view key -> uint8 [height, width, 3], the image whose features are there. `tokens`: view key -> bool
+    `is_repeat`: it shows what the session's last one did, and carries its very images and state. `images`: view key -> uint8 [height, width, 3], the image whose features are there. `tokens`: view key -> bool
     [row, column], the tokens to compute anew; all others equal those of that image.
     """
 
     images: Mapping[str, UInt8Array]
     tokens: Mapping[str, npt.NDArray[np.bool_]]
+    is_repeat: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

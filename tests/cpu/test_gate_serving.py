@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from ganglion.clock import SimulatedClock
 from ganglion.config import EngineConfig, MemoryConfig, PipelineConfig
@@ -18,6 +19,7 @@ from ganglion.layout import PoolLayout
 from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
 from ganglion.metrics import Metrics
+from ganglion.models.base import StageBatch
 from ganglion.models.policies.flow_checkpoint import FlowCheckpoint
 from ganglion.models.policies.flow_model import FlowModel
 from ganglion.models.policies.patches import attended, view_attention
@@ -28,6 +30,7 @@ from ganglion.pipeline.local import LocalService
 from ganglion.pipeline.patch_grid import BoolArray
 from ganglion.plan.cost import MeasuredCost
 from ganglion.service import Outcome
+from ganglion.spec import Stage
 from ganglion.types import (
     ActionChunk,
     CloseSession,
@@ -54,6 +57,23 @@ def tiny() -> FlowCheckpoint:
     return tiny_flow(seed=2, config=replace(TINY_FLOW, view_height_px=64, view_width_px=64))
 
 
+def core_of(checkpoint: FlowCheckpoint) -> Engine:
+    """An engine alone, which serves it as "tiny"."""
+    model = FlowModel(checkpoint.policy, checkpoint.processor, checkpoint.spec)
+    layout = PoolLayout(large_page_bytes=1 << 16, layouts=model.layouts)
+    clock, cost = SimulatedClock(), MeasuredCost()
+    return Engine(
+        {"tiny": model},
+        Ledger(layout, 64),
+        DeadlineScheduler({"tiny": model.stages}, cost, max_rows=4, num_lanes=1),
+        Executor({"tiny": model}, Arena(layout, 64), Lanes(((),)), clock),
+        cost,
+        clock,
+        step_budget_us=10_000_000,
+        num_step_records=4,
+    )
+
+
 def ask(service: LocalService, seen: Observation) -> ActionChunk:
     done = threading.Event()
     outcomes: list[Outcome] = []
@@ -67,6 +87,16 @@ def ask(service: LocalService, seen: Observation) -> ActionChunk:
     (chunk,) = outcomes
     assert isinstance(chunk, ActionChunk), chunk
     return chunk
+
+
+class Watched(FlowModel):
+    """Notes what it ran."""
+
+    runs: list[tuple[str, int, int]]  # stage, rows, rows with a base
+
+    def run(self, stage: Stage, batch: StageBatch) -> Tensor:
+        self.runs.append((stage.name, len(batch.rows), len(batch.bases)))
+        return super().run(stage, batch)
 
 
 class Robot:
@@ -130,13 +160,6 @@ def test_chunks_are_those_of_the_reference_images(tiny: FlowCheckpoint) -> None:
 def test_a_skipped_view_is_not_computed_and_a_part_reads_the_old_page(
     tiny: FlowCheckpoint,
 ) -> None:
-    class Watched(FlowModel):
-        runs: list[tuple[str, int, int]]  # stage, rows, rows with a base
-
-        def run(self, stage, batch):  # type: ignore[no-untyped-def]
-            self.runs.append((stage.name, len(batch.rows), len(batch.bases)))
-            return super().run(stage, batch)
-
     model = Watched(tiny.policy, tiny.processor, tiny.spec)
     model.runs = []
     with LocalService(model, engine=EngineConfig(), memory=MEMORY, pipeline=GATED) as service:
@@ -159,25 +182,64 @@ def test_a_skipped_view_is_not_computed_and_a_part_reads_the_old_page(
         assert len([run for run in model.runs if run[0].startswith("view")]) == 2, "forgotten"
 
 
+def test_a_still_observation_is_not_perceived_at_all(tiny: FlowCheckpoint) -> None:
+    """Its chunk is that of the observation before, with its own noise; the context still counts versions."""
+    model = Watched(tiny.policy, tiny.processor, tiny.spec)
+    model.runs = []
+    pipeline = replace(GATED, gate_state_change=0.1)
+    with LocalService(model, engine=EngineConfig(), memory=MEMORY, pipeline=pipeline) as service:
+        robot = Robot(tiny, "arm", 8)
+        first = robot.observe()
+        chunk = ask(service, first)
+        for moved in (0.05, 0.0, -0.09):
+            model.runs.clear()
+            seen = replace(robot.observe(), state=first.state + np.float32(moved))
+            again = ask(service, seen)
+            assert {name for name, _, _ in model.runs} == {"denoise"}
+            truth = dense(tiny, replace(first, seed=seen.seed))
+            np.testing.assert_allclose(again.actions, truth, atol=1e-5)
+            assert again.context_version == chunk.context_version + 1
+            assert again.context_seq == seen.seq
+            chunk = again
+        model.runs.clear()
+        moved_far = replace(robot.observe(), state=first.state + np.float32(0.2))
+        truth = dense(tiny, replace(moved_far, images=first.images))
+        np.testing.assert_allclose(ask(service, moved_far).actions, truth, atol=1e-5)
+        assert {name for name, _, _ in model.runs} == {"observation", "denoise"}
+        service.control(CloseSession(session_id=SessionId("arm"), robot_id=RobotId("arm")))
+
+
+def test_a_repeat_gives_its_pages_back_however_it_ends(tiny: FlowCheckpoint) -> None:
+    core, robot = core_of(tiny), Robot(tiny, "arm", 9)
+    first = robot.observe()
+    core.submit(RequestId(0), "tiny", first, deadline_s=1.0)
+    core.step()
+    num_held = num_used(core)
+    renewal = Renewal(images={}, tokens={}, is_repeat=True)
+    for number in (1, 2):
+        repeat = replace(robot.observe(), images=first.images, state=first.state, renewal=renewal)
+        work = core.submit(RequestId(number), "tiny", repeat, deadline_s=1.0)
+        assert [name for name, span in work.spans.items() if not span.is_done] == ["denoise"]
+        assert num_used(core) == num_held, "the pages are shared"
+        if number == 1:
+            core.cancel(RequestId(1))
+        else:
+            core.step()
+        assert num_used(core) == num_held
+    other = replace(robot.observe(), state=first.state, renewal=renewal)
+    work = core.submit(RequestId(3), "tiny", other, deadline_s=1.0)
+    assert not work.spans["observation"].is_done, "a gate's word alone is not enough"
+    core.close_session(SessionId("arm"))
+    assert num_used(core) == 0
+
+
 def test_the_engine_says_what_a_chunk_attended_to(
     tiny: FlowCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the network alone would; nothing for another instruction, an unknown session or a model that cannot say."""
     above_even = partial(attended, factor=1.0)  # an untrained network attends almost evenly
     monkeypatch.setattr("ganglion.models.policies.flow_model.attended", above_even)
-    model = FlowModel(tiny.policy, tiny.processor, tiny.spec)
-    layout = PoolLayout(large_page_bytes=1 << 16, layouts=model.layouts)
-    clock, cost = SimulatedClock(), MeasuredCost()
-    core = Engine(
-        {"tiny": model},
-        Ledger(layout, 64),
-        DeadlineScheduler({"tiny": model.stages}, cost, max_rows=4, num_lanes=1),
-        Executor({"tiny": model}, Arena(layout, 64), Lanes(((),)), clock),
-        cost,
-        clock,
-        step_budget_us=10_000_000,
-        num_step_records=4,
-    )
+    core = core_of(tiny)
     seen = Robot(tiny, "arm", 6).observe()
     core.submit(RequestId(0), "tiny", seen, deadline_s=1.0)
     core.step()

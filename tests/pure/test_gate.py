@@ -303,6 +303,45 @@ def test_gate_decides_view_by_view_and_forgets_on_reset() -> None:
     assert {d.reason for d in decisions.values()} == {Reason.NOTHING_OLD}
 
 
+def test_a_still_observation_repeats_the_last_one() -> None:
+    rng = np.random.default_rng(4)
+    image, state = scene(rng), np.array([0.1, 0.2], np.float32)
+
+    def observe(seq: int, moved: float, prompt: str = "open the drawer") -> Observation:
+        return Observation(
+            session_id=SessionId("s"),
+            robot_id=RobotId("r"),
+            seq=seq,
+            images={"fixed": noisy(rng, image)},
+            state=state + np.float32(moved),
+            prompt=prompt,
+        )
+
+    gate = Gate(replace(NEVER, state_change=0.01), (FIXED,))
+    first, _ = gate.admit(observe(0, 0.0), now_s=0.0)
+    assert first.renewal is None
+    for seq, moved in ((1, 0.008), (2, -0.008)):
+        again, _ = gate.admit(observe(seq, moved), now_s=seq * 0.1)
+        assert again.renewal is not None
+        assert again.renewal.is_repeat
+        assert np.array_equal(again.state, state), "the state that was perceived"
+        assert again.images["fixed"] is first.images["fixed"]
+    moved, _ = gate.admit(observe(3, 0.02), now_s=0.3)
+    assert moved.renewal is None
+    assert np.array_equal(moved.state, state + np.float32(0.02))
+    told, _ = gate.admit(observe(4, 0.02, "close the drawer"), now_s=0.4)
+    assert told.renewal is None
+    image[:16, :16] ^= 64
+    seen, _ = gate.admit(observe(5, 0.02, "close the drawer"), now_s=0.5)
+    assert seen.renewal is not None
+    assert not seen.renewal.is_repeat
+    exact = Gate(NEVER, (FIXED,))
+    for seq, moved_by in ((0, 0.0), (1, 1e-6), (2, 1e-6)):
+        seen, _ = exact.admit(observe(seq, moved_by), now_s=0.0)
+        is_repeat = seen.renewal is not None and seen.renewal.is_repeat
+        assert is_repeat == (seq == 2), "by default a state must be the same"
+
+
 def test_gate_asks_what_is_attended_to_when_that_may_have_changed() -> None:
     gate = Gate(GateConfig(refresh_ms=1000.0, attended_refresh_ms=1000.0), (FIXED,))
     image = np.full((80, 80, 3), 100, np.uint8)

@@ -141,6 +141,10 @@ class Eyes:
         now_s: float,
     ) -> Tensor:
         policy, gate, old_kv = self._policy, self._config.gate, self._observation_kv
+        if self._gate is not None:
+            still = self._gate.state(state)
+            if still is not state and old_kv is not None:
+                return old_kv
         features = torch.cat([self._features[key] for key in self._keys], dim=1)
         normalised = self._processor.state(state[None]).to(policy.dtype)
         is_due = gate is None or (now_s - self._prefilled_s) * 1e3 >= gate.refresh_ms

@@ -39,6 +39,7 @@ from ganglion.robots.moving import Motion, MovingMetaWorld
 FIXED, WRIST = "observation.images.corner", "observation.images.gripper"
 VIEW_NAMES = {FIXED: "fixed", WRIST: "wrist"}
 GATE = GateConfig(noise_std=NOISE_STD)
+STATE_CHANGE = 0.002  # 2 mm of the hand, 0.2 % of the gripper's opening
 MOVING = GateConfig(noise_std=NOISE_STD, motion_rms=30.0)
 CONFIGS = {
     "full": EyesConfig(),
@@ -49,6 +50,9 @@ CONFIGS = {
     "gated, motion may pass where not attended to": EyesConfig(gate=MOVING, heeds_instruction=True),
     "gated, motion may pass": EyesConfig(gate=MOVING),
     "gated, keys and values reused": EyesConfig(gate=GATE, reuses_trunk=True),
+    "gated, a still state is not perceived": EyesConfig(
+        gate=GateConfig(noise_std=NOISE_STD, state_change=STATE_CHANGE)
+    ),
 }
 FLOWN = (
     "full",
@@ -86,6 +90,9 @@ def run(*, quick: bool, seed: int) -> BenchResult:
         "static_perceive_reused_ratio": timings[Scene.STATIC].perceive_ratio(
             "gated, keys and values reused"
         ),
+        "static_perceive_still_ratio": timings[Scene.STATIC].perceive_ratio(
+            "gated, a still state is not perceived"
+        ),
         **percentiles(
             [ms for t in timings.values() for by_view in t.gate_ms.values() for ms in by_view],
             prefix="gate_view_{}_ms",
@@ -104,7 +111,7 @@ def run(*, quick: bool, seed: int) -> BenchResult:
         detail={
             "note": "An encode ratio is the mean milliseconds of encoding a view whole over those of gate and encoding "
             "together; fixed view unless it says wrist. The perceive ratio takes in both views and the prefill, which is done "
-            "whole unless keys and values are reused. Frames come 20 times a second, with noise of 2 levels of 255; "
+            "whole unless keys and values are reused, or nothing differs and no number of the state by more than 0.002. Frames come 20 times a second, with noise of 2 levels of 255; "
             "episodes are flown in worlds that stand still and in drifting ones. similarity: LeRobot's filter, which "
             "passes an observation on when the hand has moved by 1 cm. Attended: what the action expert attends to "
             "(VLA-Cache's rule). Where motion may pass, cells of 4x4 pixels may change by 30 levels beyond noise.",

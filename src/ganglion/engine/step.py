@@ -134,6 +134,8 @@ class Engine:
             assert 0 < num_flow_steps <= most, f"{num_flow_steps} of {most} flow steps"
             work.last_span.num_asked = num_flow_steps
         self._works[request_id] = work
+        if observation.renewal is not None and observation.renewal.is_repeat:
+            self._publish_if_perceived(work)
         self._begin_warm(work)
         return work
 
@@ -210,7 +212,8 @@ class Engine:
 
     def _open_span(self, model: str, stage: Stage, observation: Observation) -> Span:
         if not stage.is_shared:
-            return Span(stage=stage)
+            pages = self._repeated(stage, observation)
+            return Span(stage=stage, cursor=stage.num_units if pages else 0, pages=pages)
         content = self._models[model].key(stage, observation)
         keys = page_keys(f"{model}/{stage.name}", content, stage.num_pages)
         pages = self._ledger.match(stage.layout, keys)
@@ -219,6 +222,13 @@ class Engine:
         if pages:
             self._ledger.release(stage.layout, pages)
         return Span(stage=stage, keys=keys, base=self._base(model, stage, observation, keys))
+
+    def _repeated(self, stage: Stage, observation: Observation) -> tuple[PageId, ...]:
+        """The pages of the newest version, where the observation shows the same; else none."""
+        renewal, context = observation.renewal, self._contexts.get(observation.session_id)
+        if renewal is None or not renewal.is_repeat or not stage.is_repeatable or context is None:
+            return ()
+        return context.repeated(stage.name, stage.layout, observation)
 
     def _base(
         self, model: str, stage: Stage, observation: Observation, keys: tuple[PageKey, ...]
@@ -412,15 +422,18 @@ class Engine:
         if span.is_done:
             self._ledger.commit(order.stage.layout, span.pages, span.keys or None)
             self._release_base(span)
-        if work.percept is None and all(
-            other.is_done for other in work.spans.values() if other is not work.last_span
-        ):
-            self._publish(work)
+        self._publish_if_perceived(work)
 
     def _release_base(self, span: Span) -> None:
         if span.base:
             self._ledger.release(span.stage.layout, span.base)
             span.base = ()
+
+    def _publish_if_perceived(self, work: Work) -> None:
+        if work.percept is None and all(
+            span.is_done for span in work.spans.values() if span is not work.last_span
+        ):
+            self._publish(work)
 
     def _publish(self, work: Work) -> None:
         """The work's perception is complete: it becomes the next version of its session's public context.

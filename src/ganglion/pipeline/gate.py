@@ -85,7 +85,8 @@ class GateConfig:
     `noise_std`: the camera's noise, in levels of 255. `motion_rms`: change beyond noise that a cell may hold unseen, in
     levels, root mean square; one pixel in 16 that changes by 80 makes 20. `refresh_ms`: a view is perceived whole at least that often; what
     the instruction attends to at least every `attended_refresh_ms` (0: in every frame, VLA-Cache's own rule).
-    `full_share`: a view is perceived whole when the crop around its changes is that large (the parts of a crop cost
+    `state_change`: while all views are skipped, a state none of whose numbers differs by more, in the robot's units,
+    counts as the last one, and nothing at all is perceived. `full_share`: a view is perceived whole when the crop around its changes is that large (the parts of a crop cost
     more than those of an image), and in parts again below `calm_share`.
     """
 
@@ -93,6 +94,7 @@ class GateConfig:
     motion_rms: float = 0.0
     refresh_ms: float = 1000.0
     attended_refresh_ms: float = 500.0
+    state_change: float = 0.0
     full_share: float = 0.8
     calm_share: float = 0.7
 
@@ -101,6 +103,8 @@ class GateConfig:
             raise _bad("noise_std", "levels of 255 from 0.25 to 64", self.noise_std)
         if not 0.0 <= self.motion_rms <= 255.0:
             raise _bad("motion_rms", "levels of 255 from 0 to 255", self.motion_rms)
+        if not self.state_change >= 0.0:
+            raise _bad("state_change", "at least 0", self.state_change)
         if not self.refresh_ms > 0.0:
             raise _bad("refresh_ms", "more than 0", self.refresh_ms)
         if not 0.0 <= self.attended_refresh_ms <= self.refresh_ms:
@@ -139,6 +143,7 @@ def gate_config(config: PipelineConfig) -> GateConfig | None:
     return GateConfig(
         noise_std=config.gate_noise_std,
         motion_rms=config.gate_motion_rms,
+        state_change=config.gate_state_change,
         refresh_ms=config.gate_refresh_ms,
         attended_refresh_ms=config.gate_refresh_ms / 2,
     )
@@ -323,13 +328,14 @@ class Gate:
         self._heeded_s: float | None = None
         self._has_changed = False  # since `heed`
         self._prompt = ""
+        self._state: Float32Array | None = None  # that the last prefill rests on
 
     def admit(
         self, observation: Observation, *, now_s: float
     ) -> tuple[Observation, dict[str, ViewDecision]]:
         """The observation that the engine shall perceive, and what was decided about each view that has patches.
 
-        State and instruction pass as they are. Raises FieldError for an image of another shape than its view's.
+        The instruction passes as it is. Raises FieldError for an image of another shape than its view's.
         """
         self.instruct(observation.prompt)
         decisions = {
@@ -341,11 +347,18 @@ class Gate:
             for key, decision in decisions.items()
             if decision.action is Perceive.PATCHES and decision.base is not None
         }
-        renewal = Renewal(images=bases, tokens={key: decisions[key].tokens for key in bases})
+        is_all = decisions.keys() == observation.images.keys()
+        state = self.state(observation.state) if is_all else observation.state
+        renewal = Renewal(
+            images=bases,
+            tokens={key: decisions[key].tokens for key in bases},
+            is_repeat=state is not observation.state,
+        )
         gated = replace(
             observation,
             images={**observation.images, **images},
-            renewal=renewal if bases else None,
+            state=state,
+            renewal=renewal if bases or renewal.is_repeat else None,
         )
         return gated, decisions
 
@@ -353,6 +366,7 @@ class Gate:
         """The instruction of the next observation: another one attends to other things."""
         if prompt != self._prompt:
             self._prompt, self._attended, self._heeded_s = prompt, {}, None
+            self._state = None
 
     def decide(self, key: str, image: UInt8Array, *, now_s: float) -> ViewDecision:
         """`ViewGate.decide` for one view."""
@@ -361,6 +375,19 @@ class Gate:
         self._actions[key] = decision.action
         self._has_changed |= decision.reason not in _OLD_NEWS
         return decision
+
+    def state(self, state: Float32Array) -> Float32Array:
+        """After all views were decided: the last state, if nothing moved; else `state`, which is the last one from now on."""
+        last = self._state
+        if (
+            last is not None
+            and last.shape == state.shape
+            and all(action is Perceive.SKIP for action in self._actions.values())
+            and float(np.abs(state - last).max(initial=0.0)) <= self._config.state_change
+        ):
+            return last
+        self._state = state.copy()
+        return state
 
     def is_heed_due(self, now_s: float) -> bool:
         """Is it worth asking the model anew what it attends to?

@@ -74,6 +74,7 @@ class FlowModel:
             kv,
             num_seen,
             reads=(*self._view_of_stage, "text"),
+            is_repeatable=True,
         )
         denoise = _stage(
             "denoise",
@@ -236,6 +237,7 @@ def _stage(
     reads: tuple[str, ...] = (),
     is_shared: bool = False,
     is_divisible: bool = False,
+    is_repeatable: bool = False,
 ) -> Stage:
     return Stage(
         name=name,
@@ -247,6 +249,7 @@ def _stage(
         num_slots=num_slots,
         is_shared=is_shared,
         is_divisible=is_divisible,
+        is_repeatable=is_repeatable,
     )
 
 
