@@ -24,7 +24,7 @@ from ganglion.config import EngineConfig, MemoryConfig, PolicyConfig, ServeConfi
 from ganglion.errors import GanglionError
 from ganglion.models.base import Model
 from ganglion.models.registry import load_policy, policy_folder
-from ganglion.pipeline.ladder import Ladder, Rung
+from ganglion.pipeline.ladder import Ladder, Rung, read_ladder
 from ganglion.pipeline.local import LocalService
 from ganglion.plan.hardware import read_hardware
 from ganglion.robots.episode import EpisodePlan
@@ -40,7 +40,8 @@ RECORDED_TICKS = 3  # between two recorded observations
 MAX_MISS_RATE = 0.01
 SIZES = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96)
 TAPE_TASKS = ("drawer-open", "push", "button-press-topdown", "door-close")
-LADDER_STEPS = (5, 3, 2, 1)  # as `bench ladder` measures them
+LADDER_STEPS = (5, 3, 2, 1)  # while `bench ladder` has not measured this policy yet
+LADDER = Path("docs/results/ladder.json")
 NUM_SUCCESS_ARMS = 8
 
 
@@ -70,8 +71,9 @@ class Curve:
 class Stage:
     """Opens servers and runs fleets against them; keeps what it measured."""
 
-    def __init__(self, tape: Path, *, run_s: float, seed: int) -> None:
-        self._tape, self._run_s, self._seed = tape, run_s, seed
+    def __init__(self, tape: Path, *, is_quick: bool, seed: int) -> None:
+        self._tape, self._seed = tape, seed
+        self._warm_s, self._run_s = (0.4, 1.0) if is_quick else (1.5, 4.0)
         self.curves: dict[str, Curve] = {}
 
     def measure(self, side: Side, size: int, url: str) -> FleetReport:
@@ -86,6 +88,7 @@ class Stage:
                     num_robots=size,
                     interval_ticks=side.interval_ticks,
                     rate_hz=RATE_HZ,
+                    warm_s=self._warm_s,
                     run_s=self._run_s,
                     seed=self._seed + size,
                 )
@@ -107,6 +110,8 @@ class Stage:
 
     def sweep(self, side: Side, sizes: Sequence[int]) -> None:
         """Measure all `sizes` that are not measured yet."""
+        if not set(sizes) - self.curves.setdefault(side.name, Curve()).reports.keys():
+            return
         with _edge(side.serve) as url:
             for size in sizes:
                 self.measure(side, size, url)
@@ -117,11 +122,11 @@ def run(*, quick: bool, seed: int) -> BenchResult:
     torch.set_num_threads(1)
     dtype = "bfloat16" if "amx_bf16" in read_hardware().flags else "float32"
     model = load_policy(policy_folder(PolicyConfig().path), dtype=dtype)
-    sizes = (2, 4) if quick else SIZES
+    sizes = (2,) if quick else SIZES
     with tempfile.TemporaryDirectory() as folder:
         tape = Path(folder) / "tape.npz"
         record(model, TAPE_TASKS[:1] if quick else TAPE_TASKS, 4 if quick else 24, seed).save(tape)
-        stage = Stage(tape, run_s=1.0 if quick else 4.0, seed=seed)
+        stage = Stage(tape, is_quick=quick, seed=seed)
         threads = _best_threads(model, tape, window_s=0.2 if quick else 1.0)
         sides = _sides(model, threads, is_quick=quick)
         largest = {side.name: stage.search(side, sizes) for side in sides}
@@ -132,7 +137,7 @@ def run(*, quick: bool, seed: int) -> BenchResult:
             )
             for kind in ("ganglion", "full quality", "sense-infer-act", "LeRobot")
         }
-        plotted = (2, 4) if quick else (1, 4, 8, 16, 32, 48, 64)
+        plotted = (2,) if quick else (1, 4, 8, 16, 32, 48, 64)
         for side in by_kind.values():
             stage.sweep(side, plotted)
         success = _success(by_kind["ganglion"], seed, is_quick=quick)
@@ -196,6 +201,8 @@ def _result(
             "dtype": model.layouts[0].dtype,
             "rate_hz": RATE_HZ,
             "max_miss_rate": MAX_MISS_RATE,
+            "ladder": [rung.name for rung in _ladder(model).rungs],
+            "is_ladder_measured": LADDER.is_file(),
             "best_threads_of_the_bare_model": threads,
             "chosen": {kind: side.name for kind, side in by_kind.items()},
             "sides": {name: _curve_detail(curve) for name, curve in stage.curves.items()},
@@ -244,10 +251,7 @@ def _errors(report: FleetReport) -> dict[str, int]:
 def _sides(model: Model, threads: int, *, is_quick: bool) -> list[Side]:
     cores = read_hardware().cores
     lanes = {"one thread": ((),), f"{len(cores)} threads": (tuple(cores),)}
-    most = model.spec.num_flow_steps
-    ladder = Ladder(
-        rungs=tuple(Rung(num_flow_steps=steps) for steps in LADDER_STEPS if steps <= most)
-    )
+    ladder = _ladder(model)
 
     def ours(split: tuple[tuple[int, ...], ...], rungs: Ladder | None) -> Callable[[], Service]:
         return lambda: LocalService(
@@ -290,6 +294,16 @@ def _sides(model: Model, threads: int, *, is_quick: bool) -> list[Side]:
         for rows in ((5,) if is_quick else (4, 5))
     ]
     return [*own, *sense_act, *lerobot]
+
+
+def _ladder(model: Model) -> Ladder:
+    """What `bench ladder` measured of this policy, else fixed rungs."""
+    if LADDER.is_file():
+        return read_ladder(LADDER, model.spec)
+    most = model.spec.num_flow_steps
+    return Ladder(
+        rungs=tuple(Rung(num_flow_steps=steps) for steps in LADDER_STEPS if steps <= most)
+    )
 
 
 @contextmanager

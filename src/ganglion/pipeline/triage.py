@@ -43,6 +43,7 @@ class Triage:
         ladder: Ladder | None = None,
     ) -> None:
         self._admission = admission
+        self._most_flow_steps = max(1, spec.num_flow_steps)
         self._router = LadderRouter(ladder or Ladder.of(spec))
         self._supplies: dict[SessionId, Supply] = {}
         self._given_up: set[SessionId] = set()  # no chunk since a request of theirs was given up
@@ -55,8 +56,9 @@ class Triage:
 
     @property
     def num_flow_steps(self) -> int | None:
-        """Of new requests; None: as many as the policy has, since there is no other rung."""
-        return self._router.rung.num_flow_steps if self._router.has_choice else None
+        """Of new requests; None: as many as the policy has."""
+        num_flow_steps = self._router.rung.num_flow_steps
+        return None if num_flow_steps == self._most_flow_steps else num_flow_steps
 
     @property
     def rung_name(self) -> str | None:
