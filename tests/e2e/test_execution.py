@@ -149,6 +149,16 @@ def test_a_clock_that_jumps_back_is_ignored_counted_and_said(client, metrics):
     assert count(metrics, "ganglion_clock_jumps_total") == before + 1
 
 
+def test_an_overtaken_observation_is_no_clock_jump(server, metrics):
+    before = count(metrics, "ganglion_clock_jumps_total")
+    with bare(server) as socket:
+        read(socket)
+        for seq, at_ns in ((5, 500), (4, 400), (6, 600)):
+            answer = ask(socket, seen(seq=seq, obs_time_ns=at_ns))
+            assert answer.get("notes", []) == []
+    assert count(metrics, "ganglion_clock_jumps_total") == before
+
+
 def test_an_observation_older_than_the_newest_is_superseded_whatever_its_tick(server):
     with bare(server) as socket:
         read(socket)

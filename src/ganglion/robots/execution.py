@@ -4,7 +4,7 @@ Called by `robots.loop`. Pure: knows neither sockets nor worlds nor the queue; i
 
 | mode | with the observation of tick t goes | row 0 of its chunk is for |
 |---|---|---|
-| sync | the tick | the tick at which it arrives; `replan_ticks` rows run, then the arm holds |
+| sync | nothing: its rows are for no tick in particular | that at which it arrives; `replan_ticks` rows run, then the arm holds |
 | naive | the tick | t |
 | blend | the tick | t; the queue averages overlapping rows |
 | rtc, rtc-identity, prefix | the tick, the rows that run before any other chunk can, the expected delay | t |
@@ -128,8 +128,8 @@ class ChunkExecution:
             if num_rows and len(outlook.plan):
                 hints["action_prefix"] = outlook.plan[:num_rows]
             hints["inference_delay_hint"] = min(num_ahead, self._horizon)
-        self._last_first_tick = first_tick
-        hints["executed_until"] = first_tick
+        if self.execution is not Execution.SYNC:
+            hints["executed_until"] = self._last_first_tick = first_tick
         return Told(views=views, hints=hints, first_tick=first_tick)
 
     def placed(self, chunk: Chunk, *, next_tick: int) -> Chunk:

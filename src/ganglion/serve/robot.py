@@ -146,7 +146,7 @@ class _Connection:
     _loop: asyncio.AbstractEventLoop = field(init=False, default_factory=asyncio.get_running_loop)
     _pending: set[_Pending] = field(init=False, default_factory=set)
     _sessions: dict[SessionId, RobotId] = field(init=False, default_factory=dict)
-    _clocks_ns: dict[SessionId, int] = field(init=False, default_factory=dict)  # robots' own
+    _clocks: dict[SessionId, tuple[int, int]] = field(init=False, default_factory=dict)
     _unsent: deque[_Message] = field(init=False, default_factory=deque)
     _has_unsent: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _progress: asyncio.Event = field(init=False, default_factory=asyncio.Event)
@@ -254,18 +254,18 @@ class _Connection:
         with contextlib.suppress(FieldError):  # not open yet: there is nothing to forget
             self._endpoint.service.control(command)
             self._hold(request.session_id, request.robot_id)
-        self._clocks_ns.pop(request.session_id, None)
+        self._clocks.pop(request.session_id, None)
         body = reply.reset_map(request.session_id, seq)
         self._post(_binary(self._encoder.encode(body)))
 
     def _notes(self, observation: Observation) -> tuple[str, ...]:
         """What is ignored of a request. A robot's clock is echoed only: observations are ordered by their numbers."""
-        now_ns = observation.obs_time_ns
-        if now_ns is None:
+        seq, now_ns = observation.seq, observation.obs_time_ns
+        before_seq, before_ns = self._clocks.get(observation.session_id, (-1, 0))
+        if now_ns is None or seq <= before_seq:  # overtaken on its way: no jump
             return ()
-        before_ns = self._clocks_ns.get(observation.session_id)
-        self._clocks_ns[observation.session_id] = now_ns
-        if before_ns is None or now_ns >= before_ns:
+        self._clocks[observation.session_id] = (seq, now_ns)
+        if now_ns >= before_ns:
             return ()
         self._endpoint.metrics.clock_jumps.inc()
         return (
