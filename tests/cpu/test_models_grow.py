@@ -21,7 +21,7 @@ from ganglion.models.packing import pack
 from ganglion.models.policies.flow import FlowConfig, FlowPolicy
 from ganglion.models.policies.flow_checkpoint import load_flow_checkpoint, save_flow_checkpoint
 from ganglion.models.policies.flow_model import FlowModel
-from ganglion.models.policies.grow import TYPE, Growth, grow, load_grown_checkpoint
+from ganglion.models.policies.grow import TYPE, Growth, grow, load_checkpoint, load_grown_checkpoint
 from ganglion.models.registry import load_policy, policy_folder
 from ganglion.models.tiny import tiny_flow
 from ganglion.pipeline.local import LocalService
@@ -195,9 +195,17 @@ def test_a_broken_config_is_named(
     path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=message):
         load_grown_checkpoint(folder)
-    path.write_text("{")
-    with pytest.raises(CheckpointError, match="not a readable config"):
-        load_grown_checkpoint(folder)
+    for text, problem in (("{", "not a readable config"), ("[]", "expected an object, got list")):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=problem):
+            load_checkpoint(folder)
+
+
+def test_one_call_loads_both_kinds(tmp_path: Path) -> None:
+    folder = grown_folder(tmp_path)
+    assert load_checkpoint(folder).policy.config.num_layers == GROWTH.num_layers
+    small = load_checkpoint(tmp_path / "tiny")
+    assert small.policy.config == tiny_flow(seed=2).policy.config
 
 
 def test_it_is_served_from_pages_of_its_own_size() -> None:

@@ -8,19 +8,15 @@ import json
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from ganglion.errors import CheckpointError, FieldError
 from ganglion.models.base import Model
 
-if TYPE_CHECKING:
-    from ganglion.models.policies.flow_checkpoint import FlowCheckpoint
-
 LOADERS = {
     "ganglion_flow": "ganglion.models.registry:load_flow",
-    "ganglion_flow_grown": "ganglion.models.registry:load_grown",
+    "ganglion_flow_grown": "ganglion.models.registry:load_flow",
 }
 SHIPPED = ("metaworld-ten", "metaworld-ten-large")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -51,24 +47,13 @@ def load_policy(
 
 
 def load_flow(folder: Path, dtype: torch.dtype, num_flow_steps: int | None) -> Model:
-    """The "ganglion_flow" family."""
-    from ganglion.models.policies.flow_checkpoint import load_flow_checkpoint
-
-    return _flow_model(load_flow_checkpoint(folder, dtype=dtype), num_flow_steps)
-
-
-def load_grown(folder: Path, dtype: torch.dtype, num_flow_steps: int | None) -> Model:
-    """The "ganglion_flow_grown" type: a "ganglion_flow" made larger while it is loaded."""
-    from ganglion.models.policies.grow import load_grown_checkpoint
-
-    return _flow_model(load_grown_checkpoint(folder, dtype=dtype), num_flow_steps)
-
-
-def _flow_model(checkpoint: "FlowCheckpoint", num_flow_steps: int | None) -> Model:
+    """The "ganglion_flow" family, as it was trained or grown."""
     from ganglion.models.packing import pack
     from ganglion.models.policies.flow_checkpoint import with_flow_steps
     from ganglion.models.policies.flow_model import FlowModel
+    from ganglion.models.policies.grow import load_checkpoint
 
+    checkpoint = load_checkpoint(folder, dtype=dtype)
     if num_flow_steps is not None:
         if not 1 <= num_flow_steps <= 10:
             raise FieldError("num_flow_steps", expected="1..10", got=str(num_flow_steps))

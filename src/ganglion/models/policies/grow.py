@@ -90,19 +90,23 @@ def grow(policy: FlowPolicy, growth: Growth) -> FlowPolicy:
     return large
 
 
+def load_checkpoint(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> FlowCheckpoint:
+    """A flow checkpoint, grown when its config.json says so. Raises CheckpointError."""
+    path = folder / CONFIG_FILE
+    if _content(path).get("type") == TYPE:
+        return load_grown_checkpoint(folder, dtype=dtype)
+    return load_flow_checkpoint(folder, dtype=dtype)
+
+
 def load_grown_checkpoint(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> FlowCheckpoint:
     """Read a folder whose config.json names another checkpoint (`base`, relative to it) and how it grows.
 
     Name and version are its own. Raises CheckpointError naming the file and key that does not fit.
     """
     path = folder / CONFIG_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable config: {error}") from error
-    if not isinstance(content, dict) or content.get("type") != TYPE:
-        got = content.get("type") if isinstance(content, dict) else content
-        raise CheckpointError(f"{path}: type: expected {TYPE!r}, got {got!r}")
+    content = _content(path)
+    if content.get("type") != TYPE:
+        raise CheckpointError(f"{path}: type: expected {TYPE!r}, got {content.get('type')!r}")
     base = content.get("base")
     if not isinstance(base, str) or not (folder / base / CONFIG_FILE).is_file():
         raise CheckpointError(
@@ -118,6 +122,16 @@ def load_grown_checkpoint(folder: Path, *, dtype: torch.dtype = torch.bfloat16) 
     digest.update(json.dumps(asdict(growth), sort_keys=True).encode())
     spec = replace(small.spec, name=folder.name, version=digest.hexdigest())
     return FlowCheckpoint(policy=policy, processor=small.processor, spec=spec)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable config: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
 
 
 def _growth(path: Path, values: object) -> Growth:
