@@ -31,7 +31,6 @@ from ganglion.config import PipelineConfig
 from ganglion.errors import ConfigError, FieldError
 from ganglion.pipeline.patch_grid import (
     BoolArray,
-    by_pixel,
     cell_sums,
     crop_share,
     only_read_by,
@@ -95,8 +94,8 @@ class GateConfig:
     refresh_ms: float = 1000.0
     attended_refresh_ms: float = 500.0
     state_change: float = 0.0
-    full_share: float = 0.8
-    calm_share: float = 0.7
+    full_share: float = 0.75
+    calm_share: float = 0.65
 
     def __post_init__(self) -> None:
         if not 0.25 <= self.noise_std <= 64.0:
@@ -294,9 +293,10 @@ class ViewGate:
 
     def _patched(self, old: UInt8Array, image: UInt8Array, tokens: BoolArray) -> UInt8Array:
         """The old reference with the new pixels of every patch whose readers are all computed anew."""
-        is_new = by_pixel(only_read_by(tokens), self._patch_px, self._shape)
-        patched = old.copy()
-        np.copyto(patched, image, where=is_new)
+        patched, px = old.copy(), self._patch_px
+        for row, column in np.argwhere(only_read_by(tokens)).tolist():
+            place = slice(row * px, row * px + px), slice(column * px, column * px + px)
+            patched[place] = image[place]
         return self._keep(patched)
 
     def _keep(self, reference: UInt8Array) -> UInt8Array:

@@ -47,12 +47,6 @@ def crop_share(tokens: BoolArray) -> float:
     return height * width / tokens.size
 
 
-def by_pixel(patches: BoolArray, patch_px: int, shape: tuple[int, int, int]) -> BoolArray:
-    """The pixels of `patches`, bool [height, width, 1]; `shape` of the view."""
-    pixels = patches.repeat(patch_px, axis=0)[: shape[0]].repeat(patch_px, axis=1)[:, : shape[1]]
-    return pixels[..., None]
-
-
 def cell_sums(width_px: int, whole_px: int, cell_px: int) -> Float32Array:
     """Float32 [whole_px * 3, cells]: sums the numbers of a row of pixels by cell, divided by how many the cell has."""
     sums = np.zeros((whole_px, 3, whole_px // cell_px), np.float32)
