@@ -77,7 +77,7 @@ def run(*, quick: bool, seed: int) -> BenchResult:
                     rates.setdefault((f"bare, {threads} threads", num_rows), []).append(rate)
                 torch.set_num_threads(1)
                 for name, service in services.items():
-                    rate = served_rate(service, workload, num_rows, window_s)
+                    rate = _served_rate(service, workload, num_rows, window_s)
                     rates.setdefault((f"served, {name}", num_rows), []).append(rate)
     finally:
         for service in services.values():
@@ -147,7 +147,7 @@ def _bare_rate(bare: BareModel, workload: Workload, num_rows: int, window_s: flo
     return num_chunks / run_s
 
 
-def served_rate(
+def _served_rate(
     service: LocalService, workload: Workload, num_sessions: int, window_s: float
 ) -> float:
     """Every session sends its next observation as soon as its chunk is there."""

@@ -15,6 +15,7 @@ from typing import Any
 from ganglion.errors import ConfigError
 from ganglion.spec import PolicySpec
 
+LEAST_SUCCESS_SHARE = 0.95  # of the best rung's; what loses more is not offered
 DOWN_PRESSURE = 0.7  # of the time there was for an answer: past it the next hiccup is a miss
 UP_PRESSURE = 0.6  # forecast for the rung above
 DOWN_WINDOW_S, DOWN_SHARE, LEAST_SAMPLES = 0.6, 0.2, 3
@@ -57,10 +58,10 @@ class Ladder:
         return cls(rungs=(Rung(num_flow_steps=max(1, spec.num_flow_steps)),))
 
 
-def read_ladder(path: Path, spec: PolicySpec, *, least_success_share: float = 0.95) -> Ladder:
+def read_ladder(path: Path, spec: PolicySpec) -> Ladder:
     """The ladder that `ganglion bench ladder` wrote for the policy of `spec`.
 
-    Rungs below `least_success_share` of the best rung's success are left out. Raises ConfigError for a file that is
+    Rungs below LEAST_SUCCESS_SHARE of the best rung's success are left out. Raises ConfigError for a file that is
     none, or one that was measured with another policy.
     """
     try:
@@ -85,7 +86,7 @@ def read_ladder(path: Path, spec: PolicySpec, *, least_success_share: float = 0.
     if not usable:
         return Ladder.of(spec)
     best = max(rung.success_rate for rung in usable)
-    kept = (rung for rung in usable if rung.success_rate >= least_success_share * best)
+    kept = (rung for rung in usable if rung.success_rate >= LEAST_SUCCESS_SHARE * best)
     return Ladder(rungs=tuple(sorted(kept, key=lambda rung: -rung.num_flow_steps)))
 
 
