@@ -60,15 +60,14 @@ class Stream:
         return float(gaps.std() / gaps.mean()) if len(gaps) > 1 else 0.0
 
     def ages_ms(self) -> list[float]:
-        """At each control tick: how old the observation behind the newest chunk is."""
-        ages, newest, at = [], -1.0, 0
+        """At each control tick: how old the observation behind the newest chunk is; without one, since the start."""
+        ages, newest, at = [], 0.0, 0
         for tick in range(int(self.run_s * self.rate_hz)):
             now_s = tick / self.rate_hz
             while at < len(self.decisions) and self.decisions[at].done_s <= now_s:
                 newest = max(newest, self.decisions[at].obs_s)
                 at += 1
-            if newest >= 0:
-                ages.append((now_s - newest) * 1e3)
+            ages.append((now_s - newest) * 1e3)
         return ages
 
     def reactions_ms(self, *, num_changes: int, seed: int) -> list[float]:
