@@ -73,26 +73,33 @@ def run_temporal_recipe(
 
 
 def measure_temporal(
-    config: TemporalEvaluateConfig, out_dir: Path, on_report: OnReport
+    config: TemporalEvaluateConfig, out_dir: Path, on_report: OnReport, *, notes: str = ""
 ) -> dict[str, tuple[TaskResult, ...]]:
-    """Evaluate the checkpoint in `out_dir` under every recollection, and write its card."""
+    """Evaluate the checkpoint in `out_dir` under every recollection, and write its card.
+
+    `notes`: what the run behind it did differently from the recipe.
+    """
 
     def on_result(name: str, result: TaskResult) -> None:
         on_report(f"{name}, {result.task}: {_share(result)}")
 
     results = evaluate_temporal(config, out_dir, on_result)
-    write_temporal_card(config, results, out_dir)
+    write_temporal_card(config, results, out_dir, notes=notes)
     return results
 
 
 def write_temporal_card(
-    config: TemporalEvaluateConfig, results: Mapping[str, tuple[TaskResult, ...]], folder: Path
+    config: TemporalEvaluateConfig,
+    results: Mapping[str, tuple[TaskResult, ...]],
+    folder: Path,
+    *,
+    notes: str = "",
 ) -> None:
     """CARD_FILE, and RESULTS_FILE episode by episode."""
     episodes = {name: [asdict(of_task) for of_task in of_name] for name, of_name in results.items()}
     content = json.dumps(episodes, indent=1)
     (folder / RESULTS_FILE).write_text(content + "\n", encoding="utf-8")
-    (folder / CARD_FILE).write_text(_card(config, results, folder), encoding="utf-8")
+    (folder / CARD_FILE).write_text(_card(config, results, folder, notes), encoding="utf-8")
 
 
 def _save(policy: TemporalPolicy, base: FlowCheckpoint, base_dir: Path, folder: Path) -> None:
@@ -116,7 +123,10 @@ def _share(result: TaskResult) -> str:
 
 
 def _card(
-    config: TemporalEvaluateConfig, results: Mapping[str, tuple[TaskResult, ...]], folder: Path
+    config: TemporalEvaluateConfig,
+    results: Mapping[str, tuple[TaskResult, ...]],
+    folder: Path,
+    notes: str,
 ) -> str:
     policy = load_temporal_checkpoint(folder, dtype=torch.float32).policy
     num_trained = sum(value.numel() for value in policy.trained().values())
@@ -150,6 +160,14 @@ metaworld-ten itself. "window": the newest observations are kept, whatever atten
 
 Episode by episode: {RESULTS_FILE}.
 
+## Recipe
+`train.temporal_recipe`: episodes of Meta-World's scripted experts under execution noise, an observation every 3 ticks, each
+labelled with the expert's noise-free next 48 actions; eyes and trunk are frozen, so every frame is encoded once. The memory
+is trained from nothing and the action expert goes on from metaworld-ten's, by the flow matching loss and by two auxiliary
+heads (not in the checkpoint) that must tell where the goal is, from a page that saw it and from the recurrent state. Each road
+is left out in 30% of the rows. Then corrections: the policy drives, the expert says what it would have done (DAgger), and
+training goes on with both.
+{notes}
 ## Limits
 Two tasks of metaworld-ten's ten, canonical instructions; the others were not trained on and are not claimed. The memory counts
 observations, and saw one every 3 ticks in training: other rates age its pages faster or slower. `action_prefix` as in metaworld-ten.
