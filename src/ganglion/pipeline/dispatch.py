@@ -118,7 +118,7 @@ class Dispatcher:
                 num_flow_steps=self._triage.num_flow_steps,
                 max_degree=self._triage.rung.max_degree,
             )
-        num_rooms = self._triage.num_rooms(self._engine.num_under_way)
+        num_rooms = self._triage.num_rooms(self._engine.num_under_way, degree=self._pace.degree)
         for session in self._triage.in_order(tuple(self._sessions.values()), now_s):
             if num_rooms == 0:
                 break

@@ -127,11 +127,11 @@ class Triage:
         keyed.sort(key=lambda item: item[:2])
         return [session for _, _, session in keyed]
 
-    def num_rooms(self, num_under_way: int) -> int | None:
-        """How many more may go in; None: no limit."""
+    def num_rooms(self, num_under_way: int, *, degree: int) -> int | None:
+        """How many more may go in; None: no limit. One robot alone always gets its `degree` of chunks under way."""
         if self._max_under_way is None:
             return None
-        return max(0, self._max_under_way - num_under_way)
+        return max(0, max(self._max_under_way, degree) - num_under_way)
 
     def given_up(
         self,
