@@ -15,6 +15,7 @@ from ganglion.engine.executor import Executor
 from ganglion.engine.lane import Lanes
 from ganglion.engine.scheduler import DeadlineScheduler
 from ganglion.engine.step import Engine
+from ganglion.errors import FieldError
 from ganglion.layout import PoolLayout
 from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
@@ -75,6 +76,12 @@ def core_of(checkpoint: FlowCheckpoint) -> Engine:
 
 
 def ask(service: LocalService, seen: Observation) -> ActionChunk:
+    chunk = outcome_of(service, seen)
+    assert isinstance(chunk, ActionChunk), chunk
+    return chunk
+
+
+def outcome_of(service: LocalService, seen: Observation) -> Outcome:
     done = threading.Event()
     outcomes: list[Outcome] = []
 
@@ -84,9 +91,8 @@ def ask(service: LocalService, seen: Observation) -> ActionChunk:
 
     service.submit(seen, keep)
     assert done.wait(TIMEOUT_S)
-    (chunk,) = outcomes
-    assert isinstance(chunk, ActionChunk), chunk
-    return chunk
+    (outcome,) = outcomes
+    return outcome
 
 
 class Watched(FlowModel):
@@ -322,6 +328,20 @@ def test_the_pages_that_an_observation_renews_come_back_however_it_ends() -> Non
     np.testing.assert_array_equal(finished.outcome, expected(new))
     core.close_session(SessionId("a"))
     assert num_used(core) == 0
+
+
+def test_a_wrong_image_ends_its_own_request_alone(tiny: FlowCheckpoint) -> None:
+    model = FlowModel(tiny.policy, tiny.processor, tiny.spec)
+    key = tiny.spec.views[0].key
+    with LocalService(model, engine=EngineConfig(), memory=MEMORY, pipeline=GATED) as service:
+        good, bad = Robot(tiny, "good", 1), Robot(tiny, "bad", 2)
+        for images in ({}, {key: np.zeros((8, 8, 3), np.uint8)}):
+            seen = bad.observe()
+            rest = {name: image for name, image in seen.images.items() if name != key}
+            error = outcome_of(service, replace(seen, images=rest | images))
+            assert isinstance(error, FieldError), error
+            ask(service, good.observe())
+        ask(service, bad.observe())
 
 
 def test_without_a_gate_everything_is_perceived(tiny: FlowCheckpoint) -> None:

@@ -13,6 +13,7 @@ from ganglion.errors import (
     CancelledError,
     DeadlineMissedError,
     ErrorCode,
+    FieldError,
     GanglionError,
     SupersededError,
     UnsafeActionError,
@@ -180,11 +181,17 @@ class Dispatcher:
                     DeadlineMissedError(late_ms=late_s * 1e3, deadline_ms=deadline_ms),
                 )
                 return False
+            try:
+                observation = self._gating.admit(submission.observation, now_s)
+            except FieldError as error:  # an image that is not what the policy takes
+                del session.in_flight[submission.request_id]
+                self._answer(submission.request_id, error)
+                return False
             urgency = self._triage.urgency(submission, now_s)
             self._engine.submit(
                 submission.request_id,
                 self._spec.name,
-                self._gating.admit(submission.observation, now_s),
+                observation,
                 deadline_s=urgency.deadline_s,
                 num_flow_steps=self._triage.num_flow_steps,
                 wait_ratio=urgency.wait_ratio,

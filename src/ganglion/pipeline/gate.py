@@ -335,9 +335,12 @@ class Gate:
     ) -> tuple[Observation, dict[str, ViewDecision]]:
         """The observation that the engine shall perceive, and what was decided about each view that has patches.
 
-        The instruction passes as it is. Raises FieldError for an image of another shape than its view's.
+        The instruction passes as it is. Raises FieldError for an image that is missing or of another shape than its view.
         """
         self.instruct(observation.prompt)
+        missing = self._views.keys() - observation.images.keys()
+        if missing:
+            raise FieldError(min(missing), expected="an image", got="nothing")
         decisions = {
             key: self.decide(key, observation.images[key], now_s=now_s) for key in self._views
         }
