@@ -219,12 +219,10 @@ def test_a_fleet_that_does_not_fit_goes_down_the_ladder_instead_of_missing() -> 
 
 
 def test_what_does_not_help_the_batch_waits_outside() -> None:
-    """As many robots as the server just carries: those it cannot batch usefully would only make the others late."""
-    by_need, at_once = (
-        Fleet(num_robots=34).run(),
-        Fleet(num_robots=34, is_admitted_by_need=False).run(),
-    )
-    assert by_need.miss_rate <= at_once.miss_rate + 0.01
+    """A little too many robots: rows that the batch gains nothing from would only make the others late."""
+    by_need = Fleet(num_robots=40).run()
+    at_once = Fleet(num_robots=40, is_admitted_by_need=False).run()
+    assert by_need.miss_rate < 0.6 * at_once.miss_rate
 
 
 @pytest.mark.parametrize("num_robots", [44, 60])
