@@ -266,7 +266,7 @@ def test_the_engine_says_what_a_chunk_attended_to(
             tiny.processor.state(seen.state[None]),
             text_kv,
         )
-        latents = tiny.processor.prefix(actions)[None]
+        latents = tiny.processor.prefix(actions[None])
         tau = torch.full(latents.shape[:2], 0.8)
         shares = view_attention(policy, latents, tau, torch.cat([text_kv, kv], dim=3))
     masks = above_even(shares)[0].reshape(2, 4, 4)

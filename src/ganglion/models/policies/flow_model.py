@@ -111,7 +111,7 @@ class FlowModel:
     ) -> dict[str, Bool[np.ndarray, "row column"]]:
         """VLA-Cache's rule (arXiv 2502.02175): tokens with at least twice an even share of their view's attention."""
         config = self._policy.config
-        latents = self._processor.prefix(actions)[None]
+        latents = self._processor.prefix(actions[None])
         tau = torch.full(
             latents.shape[:2], 1.0 - 1.0 / self._num_flow_steps
         )  # of the last flow step
