@@ -95,7 +95,7 @@ MOVING_TASKS = (
     "door-close",
     "window-open",
 )
-MAX_MOVING_TICKS = 150  # an episode of a bench: fresh chunks need 35 to 90 ticks, luck needs more
+MAX_MOVING_TICKS = 150  # an episode of a bench: fresh chunks need 20 to 120, luck needs more
 
 
 def movers_of(task: str) -> tuple[Mover, ...]:
