@@ -71,14 +71,18 @@ class Stream:
         return ages
 
     def reactions_ms(self, *, num_changes: int, seed: int) -> list[float]:
-        """From a change in the picture, at any moment, to the first control tick whose action has seen it."""
+        """From a change in the picture, at any moment, to the first control tick whose action has seen it.
+
+        What none has seen by the end counts with what it waited until then.
+        """
         rng = np.random.default_rng(seed)
         reactions = []
         for change_s in rng.uniform(0.0, self.run_s * 0.8, num_changes):
             done_s = min((d.done_s for d in self.decisions if d.obs_s >= change_s), default=None)
+            seen_s = self.run_s
             if done_s is not None:
-                tick = int(np.ceil(done_s * self.rate_hz))
-                reactions.append((tick / self.rate_hz - change_s) * 1e3)
+                seen_s = int(np.ceil(done_s * self.rate_hz)) / self.rate_hz
+            reactions.append((seen_s - change_s) * 1e3)
         return reactions
 
 
