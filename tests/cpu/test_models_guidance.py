@@ -1,12 +1,15 @@
 """Guidance: the numbers of the papers, the true Jacobian, and rows that are not guided stay what they were."""
 
 import math
+import queue
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from ganglion.config import EngineConfig, MemoryConfig
 from ganglion.kernels.cpu import why_not_packed
 from ganglion.models.base import StageBatch
 from ganglion.models.packing import pack
@@ -14,7 +17,9 @@ from ganglion.models.policies.flow_checkpoint import FlowCheckpoint
 from ganglion.models.policies.flow_model import FlowModel
 from ganglion.models.policies.guidance import Aim, Guide, Pull, linear_weights, soft_weights
 from ganglion.models.tiny import TINY_FLOW, TINY_PROMPTS, tiny_flow
-from ganglion.types import Execution, Observation, Plan, RobotId, Row, SessionId
+from ganglion.pipeline.local import LocalService
+from ganglion.service import Outcome
+from ganglion.types import ActionChunk, Execution, Observation, Plan, RobotId, Row, SessionId
 
 ROWS, HORIZON, ACTION_DIM = 3, TINY_FLOW.horizon, TINY_FLOW.action_dim
 STEPS = TINY_FLOW.num_flow_steps
@@ -241,3 +246,44 @@ def test_guided_steps_may_be_cut_anywhere(tiny: FlowCheckpoint, mode: Execution)
     whole = run_denoise(tiny, rows, cuts=(STEPS,))
     cut = run_denoise(tiny, rows, cuts=(1, 3, 1))
     assert (whole - cut).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", list(Execution))
+def test_served_chunks_continue_what_the_robot_says_it_executes(
+    tiny: FlowCheckpoint, mode: Execution
+) -> None:
+    model = FlowModel(tiny.policy, tiny.processor, tiny.spec)
+    rng = np.random.default_rng(5)
+    prefix = np.full((3, ACTION_DIM), 0.2, np.float32)
+    seen = Observation(
+        session_id=SessionId("arm"),
+        robot_id=RobotId("arm"),
+        seq=0,
+        images={
+            view.key: rng.integers(0, 256, (view.height, view.width, 3), dtype=np.uint8)
+            for view in tiny.spec.views
+        },
+        state=np.zeros(TINY_FLOW.state_dim, np.float32),
+        prompt=TINY_PROMPTS[0],
+        seed=1,
+        execution=mode,
+        executed_until=0,
+    )
+    late = replace(seen, seq=1, executed_until=4, action_prefix=prefix, inference_delay_hint=3)
+    memory = MemoryConfig(arena_bytes=1 << 22, large_page_bytes=1 << 16)
+    chunks: list[ActionChunk] = []
+    with LocalService(model, engine=EngineConfig(), memory=memory) as service:
+        for item in (seen, late):
+            outcomes: queue.Queue[Outcome] = queue.Queue()
+            service.submit(item, outcomes.put)
+            outcome = outcomes.get(timeout=20.0)
+            assert isinstance(outcome, ActionChunk), outcome
+            chunks.append(outcome)
+    free, continued = (np.abs(chunk.actions[:3] - prefix).mean() for chunk in chunks)
+    match mode:
+        case Execution.PREFIX:
+            assert continued < 1e-6
+        case Execution.RTC | Execution.RTC_IDENTITY:
+            assert continued < 0.5 * free
+        case _:
+            assert continued == pytest.approx(free), "the server is not asked to do anything"
