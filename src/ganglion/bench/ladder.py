@@ -40,6 +40,7 @@ from ganglion.types import Float32Array, Observation
 FULL_BATCH = 16
 NUM_ARMS = 2
 MAX_TICKS = 300
+NUM_SEEDS, NUM_MOVING_SEEDS = 2, 4  # episodes of each task
 GREY = 128
 
 
@@ -159,16 +160,16 @@ def run(*, quick: bool, seed: int) -> BenchResult:
 
 
 def _quality(model: Model, num_flow_steps: int, seed: int, *, is_quick: bool) -> Quality:
-    first, num_seeds = UNSEEN_SEEDS[0] + seed, 1 if is_quick else 4
-    seeds = range(first, first + num_seeds)
+    first = UNSEEN_SEEDS[0] + seed
     standing = [f"metaworld:{task}" for task in tuple(TASKS)[: 1 if is_quick else None]]
     moving = [f"metaworld-moving:{task}" for task in MOVING_TASKS[: 1 if is_quick else None]]
     with _service(model, num_flow_steps) as service:
         alone_ms, full_batch_ms = _chunk_ms(service, model, seed, is_quick=is_quick)
         with ServerThread(service, config=ServeConfig(port=0)) as edge:
             max_ticks = 20 if is_quick else MAX_TICKS
-            stood = _fly(edge.ws_url, standing, seeds, max_ticks)
-            moved = _fly(edge.ws_url, moving, seeds, max_ticks)
+            num_standing, num_moving = (1, 1) if is_quick else (NUM_SEEDS, NUM_MOVING_SEEDS)
+            stood = _fly(edge.ws_url, standing, range(first, first + num_standing), max_ticks)
+            moved = _fly(edge.ws_url, moving, range(first, first + num_moving), max_ticks)
     return Quality(
         success=sum(result.is_success for result in stood) / len(stood),
         moving_success=sum(result.is_success for result in moved) / len(moved),

@@ -20,10 +20,10 @@ import numpy as np
 
 from ganglion.bench.baselines.lerobot import LeRobotQueue
 from ganglion.bench.baselines.sense_act import SenseActQueue
-from ganglion.client import Reply, ReplyError
+from ganglion.client import Reply, ReplyError, ReplyTimeoutError
 from ganglion.client.asynchronous import AsyncClient
 from ganglion.clock import RealClock
-from ganglion.errors import GanglionError
+from ganglion.errors import ConnectionLostError, GanglionError
 from ganglion.robots.catalog import METAWORLD_ARM
 from ganglion.robots.queue import ActionQueue, Chunk, Mode, QueueConfig
 from ganglion.types import Execution, Float32Array
@@ -31,6 +31,7 @@ from ganglion.types import Execution, Float32Array
 NOISE_BYTES = 8
 RETRY_S = 0.2
 START_LIMIT_S = 60.0
+FIRST_CHUNK_S = 4.0
 POLL_S = 0.5
 
 
@@ -260,17 +261,22 @@ class _Robot:
             await asyncio.gather(receiver, return_exceptions=True)
 
     async def _warm_up(self) -> None:
-        """The first chunk makes the instruction known to the server, as an episode's start does."""
-        for _ in range(20):
+        """The first chunk makes the instruction known to the server, as an episode's start does.
+
+        A robot that an overloaded server leaves without one begins all the same: it misses its ticks.
+        """
+        end_s = self._clock.now_s() + FIRST_CHUNK_S
+        while self._clock.now_s() < end_s:
+            frame, prompt = self._frame()
             try:
-                frame, prompt = self._frame()
-                await self._client.infer(frame, prompt=prompt, **self._hints(0))
-            except ReplyError as error:
+                await self._client.infer(
+                    frame, prompt=prompt, timeout_s=FIRST_CHUNK_S, **self._hints(0)
+                )
+            except (ReplyError, ReplyTimeoutError) as error:
                 self._count(error)
                 await asyncio.sleep(RETRY_S)
             else:
                 return
-        raise GanglionError(f"replay-{self._index}: no first chunk: {self.report.errors}")
 
     async def _run_ticks(self, period_s: float) -> None:
         config, start_s = self._config, self._clock.now_s()
@@ -296,14 +302,21 @@ class _Robot:
 
     async def _ask(self, now_s: float, tick: int) -> None:
         frame, prompt = self._frame()
-        seq = await self._client.request(frame, prompt=prompt, **self._hints(tick))
+        try:
+            seq = await self._client.request(frame, prompt=prompt, **self._hints(tick))
+        except ConnectionLostError as error:  # from here on it misses
+            self._count(error)
+            return
         self._seen_s[seq] = now_s
         if len(self._seen_s) > 64:
             del self._seen_s[next(iter(self._seen_s))]
 
     async def _receive(self) -> None:
         while True:
-            answer = await self._client.poll(timeout_s=POLL_S)
+            try:
+                answer = await self._client.poll(timeout_s=POLL_S)
+            except ConnectionLostError:
+                return
             now_s = self._clock.now_s()
             if isinstance(answer, Reply):
                 self._take(answer, now_s)
@@ -328,7 +341,7 @@ class _Robot:
             if self._config.scheme is not Scheme.SENSE_ACT:
                 self.report.waited_s += num_misses * period_s
 
-    def _count(self, error: ReplyError) -> None:
+    def _count(self, error: GanglionError) -> None:
         code = error.code.value
         self.report.errors[code] = self.report.errors.get(code, 0) + 1
 
