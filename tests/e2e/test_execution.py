@@ -1,9 +1,11 @@
 """How a robot executes its chunks, over a real socket to a real flow policy: every field good and bad, one connection."""
 
+import asyncio
+
 import numpy as np
 import pytest
 
-from ganglion.client import Client, Reply, ReplyError
+from ganglion.client import AsyncClient, Client, Reply, ReplyError
 from ganglion.config import EngineConfig, MemoryConfig, PipelineConfig
 from ganglion.errors import ErrorCode
 from ganglion.metrics import Metrics
@@ -95,6 +97,20 @@ def test_a_chunk_continues_what_runs_anyway(client):
     # what an arm does with the same words in naive execution is its own affair
     naive = client.infer(seen(), execution="naive", action_prefix=PREFIX, executed_until=5, seed=1)
     assert naive.actions == pytest.approx(free.actions, abs=1e-5)
+
+
+def test_an_asyncio_robot_says_the_same(server):
+    async def main() -> Reply:
+        async with AsyncClient(server.ws_url, robot_id="async", timeout_s=TIMEOUT_S) as robot:
+            await robot.infer(seen(), execution="prefix", executed_until=2, seed=1)
+            return await robot.infer(
+                seen(), execution="prefix", executed_until=5, action_prefix=PREFIX,
+                inference_delay_hint=3, seed=1,
+            )  # fmt: skip
+
+    reply = asyncio.run(main())
+    assert reply.actions[:3] == pytest.approx(PREFIX, abs=1e-3)
+    assert reply.context_seq == reply.seq
 
 
 BAD = [
