@@ -361,6 +361,19 @@ def test_prefix_says_what_runs_before_any_chunk_can_change_it():
     assert third["sent"].tick == 4
 
 
+def test_in_real_time_the_prefix_ends_where_the_oldest_chunk_under_way_may_come():
+    stage = Stage(latency_s=0.33, max_ticks=90, queue=QueueConfig(safe_stop_s=2.0))
+    stage.link.metadata = FLOW
+    stage.run()
+    for hints in stage.link.sent[15:]:
+        tick = hints["executed_until"]
+        assert hints["inference_delay_hint"] == 7, "330 ms is there for the seventh tick"
+        assert len(hints["action_prefix"]) in (1, 2), (
+            "others of three and six ticks ago are under way"
+        )
+        assert hints["action_prefix"][0, 0] == pytest.approx(tick / 1000)
+
+
 def test_rtc_without_a_trained_prefix_tells_where_it_is_and_the_delay():
     stage = delayed(Execution.RTC, 5)
     stage.link.metadata = FLOW | {"max_prefix": 0}

@@ -55,15 +55,20 @@ class Told:
 
 
 class DelayForecast:
-    """Ticks from an observation to the first one that its chunk is there for: the longest of the last few."""
+    """Ticks from an observation to the first one that its chunk is there for, from the last few that were measured."""
 
     def __init__(self, first_ticks: int) -> None:
         self._recent = deque([first_ticks], maxlen=NUM_DELAYS)
 
     @property
     def ticks(self) -> int:
-        """What to expect."""
+        """The longest: what to be prepared for."""
         return max(self._recent)
+
+    @property
+    def least_ticks(self) -> int:
+        """The shortest: until then nothing comes."""
+        return min(self._recent)
 
     def add(self, num_ticks: int) -> None:
         """One more was measured."""

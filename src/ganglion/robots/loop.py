@@ -320,7 +320,7 @@ class RobotLoop:
             next_tick = self._arrivals.next_tick
         else:
             oldest_tick = self._link.oldest_tick
-            next_tick = None if oldest_tick is None else oldest_tick + delay_ticks
+            next_tick = None if oldest_tick is None else oldest_tick + self._forecast.least_ticks
         return Outlook(
             tick=self._tick,
             plan=self._queue.slots(),
