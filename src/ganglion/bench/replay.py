@@ -32,7 +32,7 @@ NOISE_BYTES = 8
 RETRY_S = 0.2
 START_LIMIT_S = 60.0
 FIRST_CHUNK_S = 4.0
-POLL_S = 0.5
+POLL_S = 0.2
 
 
 class Scheme(StrEnum):
@@ -238,7 +238,7 @@ class _Robot:
         self._driver = driver(config)
         self._seen_s: dict[int, float] = {}  # observations under way and just answered, by number
         self._num_sent = 0
-        self._is_measured = False
+        self._is_measured = self._is_over = False
         self.report = RobotReport()
 
     async def connect(self) -> None:
@@ -257,8 +257,8 @@ class _Robot:
         try:
             await self._run_ticks(period_s)
         finally:
-            receiver.cancel()
-            await asyncio.gather(receiver, return_exceptions=True)
+            self._is_over = True
+            await receiver
 
     async def _warm_up(self) -> None:
         """The first chunk makes the instruction known to the server, as an episode's start does.
@@ -312,7 +312,7 @@ class _Robot:
             del self._seen_s[next(iter(self._seen_s))]
 
     async def _receive(self) -> None:
-        while True:
+        while not self._is_over:  # no cancel: Python 3.11's wait_for may swallow it
             try:
                 answer = await self._client.poll(timeout_s=POLL_S)
             except ConnectionLostError:
