@@ -119,6 +119,36 @@ def test_a_large_page_is_not_moved_into_one_that_is_only_cached() -> None:
     assert num_free(ledger) == 1
 
 
+def test_cached_pages_that_are_in_the_way_go_the_least_valuable_first() -> None:
+    """Every large page is full, three quarters are cached: nobody else could ever have one."""
+    ledger = Ledger(POOL, 3)
+    pages = ledger.reserve("kv", 12, owner="a")
+    ledger.commit("kv", pages, keys(*"abcdefghijkl"))
+    held = pages[::4]
+    ledger.release("kv", [page for page in reversed(pages) if page not in held])
+    assert (ledger.num_free("feature"), ledger.num_evictable("feature")) == (0, 0)
+    assert ledger.plan_moves(2 * ONE, num_spare=1) is None, "two cached pages less, not yet enough"
+    assert ledger.match("kv", keys("b")) == ()
+    moves = ledger.plan_moves(ALL, num_spare=1)
+    assert moves is not None
+    assert num_free(ledger) == 1
+    assert len(ledger.stats().live_pages) == 8, "no more than one large page was emptied"
+    assert ledger.match("kv", keys("l")) != (), "what was released last is still known"
+    now = moves.now_at("kv", held)
+    for key, page in zip(keys(*"aei"), now, strict=True):
+        assert ledger.match("kv", (key,)) == (page,)
+    ledger.check_integrity()
+
+
+def test_no_cache_is_lost_in_vain() -> None:
+    ledger = Ledger(POOL, 2)
+    pages = ledger.reserve("kv", 8, owner="a")
+    ledger.commit("kv", pages, keys(*"abcdefgh"))
+    ledger.release("kv", pages[:3])
+    assert ledger.plan_moves(ALL, num_spare=1) is None
+    assert ledger.stats().num_cached_pages["kv"] == 3, "five held pages need both large pages"
+
+
 def test_leases_in_readers_hands_follow() -> None:
     ledger = Ledger(POOL, 3)
     left = with_holes(ledger, (0, 1, 2), (3,), (0, 1, 2, 3))

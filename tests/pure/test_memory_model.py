@@ -11,7 +11,7 @@ from ganglion.errors import OutOfPagesError
 from ganglion.layout import PageKind, PageLayout, PoolLayout
 from ganglion.memory.book import PAGE_COST_BYTES
 from ganglion.memory.ledger import Ledger
-from ganglion.memory.orders import CopyOrder, Moves
+from ganglion.memory.orders import Moves
 from ganglion.memory.prefix import PageKey
 from ganglion.types import PageId
 
@@ -104,6 +104,10 @@ class Plain:
         for page in freed:
             del self.num_refs[page]
             self.note_idle()
+
+    def evict(self, page: Page) -> None:
+        del self.cached_at[page], self.key_of[page]
+        self.note_idle()
 
     def move(self, source: Page, target: Page) -> None:
         """All that is known of the page is known of its new place."""
@@ -287,40 +291,39 @@ class LedgerLife(RuleBasedStateMachine):
     def defragment(self, num_pages: int, num_spare: int) -> None:
         """Whatever moved kept all that is known of it; nobody else's page was overwritten; nothing cost too much."""
         plain, pins = self.plain, {(table.layout, table.pages[0]) for table in self.pinned}
+        num_open = sum(len(plain.open_larges(name)) for name in SIZES)
+        is_short = plain.num_large > self.budget or plain.num_large - num_open < num_spare
         moves = self.ledger.plan_moves(num_pages * PAGE_COST_BYTES, num_spare=num_spare)
         if moves is None:
             moves = Moves(copies=(), places={}, released=())
         assert self.moves == ([moves] if moves.copies else []), "holders learn of moves"
         self.moves.clear()
+        evicted = {
+            (layout, plain.key_of[layout, page])
+            for layout, page in plain.cached_at
+            if plain.key_of[layout, page] not in self.ledger._books[layout].page_of
+        }
         came_from: dict[Page, Page] = {}
         for copy in moves.copies:
-            source, target = self.check_copy(copy)
+            source, target = (copy.layout, copy.source), (copy.layout, copy.target)
+            assert source in plain.live(copy.layout)
             assert source not in pins
+            assert plain.large_of(source) != plain.large_of(target)
+            assert plain.large_of(target) in plain.open_larges(copy.layout), "no new ones"
+            if (copy.layout, plain.key_of.get(target)) in evicted:
+                plain.evict(target)
+            assert target not in plain.live(copy.layout)
             came_from[target] = came_from.pop(source, source)
             plain.move(source, target)
-        places = {old: new for new, old in came_from.items()}
-        assert places == {
-            (name, old): (name, new) for name, of in moves.places.items() for old, new in of.items()
-        }
-        evicted = plain.cached_at.keys() - {
-            (page.layout, page.page_id) for page in self.ledger.stats().live_pages
-        }
-        assert not evicted or plain.num_large > self.budget, "only a pool that is too large evicts"
-        for page in evicted:
-            del plain.cached_at[page], plain.key_of[page]
-        plain.note_idle()
+        for target, origin in came_from.items():
+            assert moves.places[origin[0]][PageId(origin[1])] == target[1]
+        for page in list(plain.cached_at):
+            if (page[0], plain.key_of[page]) in evicted:
+                plain.evict(page)
+        assert is_short or not (moves.copies or evicted), "enough is free"
         plain.num_large -= len(moves.released)
         assert not moves.released or plain.num_large >= self.budget
         assert len(moves.copies) + len(evicted) <= num_pages, "pages as small as these"
-
-    def check_copy(self, copy: CopyOrder) -> tuple[Page, Page]:
-        source, target = (copy.layout, copy.source), (copy.layout, copy.target)
-        live = self.plain.live(copy.layout)
-        assert source in live
-        assert target not in live
-        assert self.plain.large_of(source) != self.plain.large_of(target)
-        assert self.plain.large_of(target) in self.plain.open_larges(copy.layout), "no new ones"
-        return source, target
 
     @invariant()
     def agree(self) -> None:

@@ -6,7 +6,6 @@ perceives all observations that came, then takes one flow step of every chunk un
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import gcd
 
 import numpy as np
 import torch
@@ -17,11 +16,12 @@ from ganglion.clock import SimulatedClock
 from ganglion.engine.executor import Executor
 from ganglion.engine.lane import Lanes
 from ganglion.engine.step import Engine
-from ganglion.engine.work import PieceOrder, WorkView
+from ganglion.engine.work import PieceOrder, Work, WorkView
 from ganglion.errors import GanglionError
 from ganglion.layout import PoolLayout
 from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
+from ganglion.memory.orders import Moves
 from ganglion.memory.prefix import page_keys
 from ganglion.memory.table import PageTable, VersionedTable
 from ganglion.models.base import Model, StageBatch
@@ -29,7 +29,9 @@ from ganglion.plan.cost import MeasuredCost
 from ganglion.spec import Stage
 from ganglion.types import Float32Array, Observation, PageId, RequestId, SessionId, SpanKind
 
-NUM_AMPLE_LARGE_PAGES = 4096
+NUM_AMPLE_LARGE_PAGES = 1024
+STEP_BUDGET_BYTES = 262_144  # that defragmentation may move between two steps
+NUM_SPARE = 32  # large pages that it tries to keep free: all that a step's observations take
 Answer = tuple[SessionId, int]  # session, number of the observation
 Observations = Mapping[Answer, Observation]
 
@@ -77,22 +79,20 @@ class Unshared:
 
 
 class Dry:
-    """A model that computes nothing, with pages of `1 / unit_bytes` the size: they come and go as the model's own."""
+    """A model that computes nothing and reads nothing: its pages come and go as the model's own."""
 
-    def __init__(self, inner: Model, unit_bytes: int) -> None:
-        self._inner, self.spec, self.stages = inner, inner.spec, inner.stages
-        self.layouts = tuple(
-            replace(layout, shape=(layout.page_bytes // unit_bytes,), dtype="uint8", slots=1)
-            for layout in inner.layouts
-        )
-        self._layout_of = {layout.name: layout for layout in self.layouts}
+    def __init__(self, inner: Model) -> None:
+        self._inner, self.spec, self.layouts = inner, inner.spec, inner.layouts
+        self.stages = tuple(replace(stage, reads=()) for stage in inner.stages)
+        self._layout_of = {layout.name: layout for layout in inner.layouts}
 
     def key(self, stage: Stage, observation: Observation) -> bytes:
         return self._inner.key(stage, observation)
 
     def run(self, stage: Stage, batch: StageBatch) -> Tensor:
-        shape = self._layout_of[stage.layout].shape
-        return torch.zeros(len(batch.rows), stage.num_pages, *shape, dtype=torch.uint8)
+        layout = self._layout_of[stage.layout]
+        dtype: torch.dtype = getattr(torch, layout.dtype)
+        return torch.zeros(len(batch.rows), stage.num_pages, *layout.shape, dtype=dtype)
 
     def emit(self, pages: Tensor, observations: tuple[Observation, ...]) -> Float32Array:
         shape = (len(observations), self.spec.horizon, self.spec.action_dim)
@@ -162,6 +162,7 @@ class PagedRun:
     work: dict[str, int] = field(default_factory=dict)
     used_pages: dict[str, int] = field(default_factory=dict)
     used_bytes: int = 0
+    num_moved_pages: int = 0
 
     @property
     def effort(self) -> tuple[int, tuple[tuple[str, int], ...]]:
@@ -180,13 +181,15 @@ class PagedServer:
         layouts = tuple(layout for model in models.values() for layout in model.layouts)
         pool = PoolLayout(large_page_bytes=large_page_bytes, layouts=layouts)
         self._page_bytes = {layout.name: layout.page_bytes for layout in layouts}
-        self._ledger = Ledger(pool, num_large_pages)
+        self._ledger, self._arena = Ledger(pool, num_large_pages), Arena(pool, num_large_pages)
+        self._ledger.attach(self)
+        self._works: list[Work] = []
         clock, cost = SimulatedClock(), MeasuredCost()
         self._engine = Engine(
             self._models,
             self._ledger,
             Lockstep({name: model.stages for name, model in models.items()}),
-            Executor(self._models, Arena(pool, num_large_pages), Lanes(((),)), clock),
+            Executor(self._models, self._arena, Lanes(((),)), clock),
             cost,
             clock,
             step_budget_us=1,
@@ -204,6 +207,7 @@ class PagedServer:
             due = [member for member in members if member.phase == phase and period < num_periods]
             for member in due:
                 self._submit(member, observations[member.session_id, period])
+            self._tidy()
             self._engine.step()
             for member in due:
                 self._remember(member, observations[member.session_id, period])
@@ -225,7 +229,23 @@ class PagedServer:
 
     def _submit(self, member: Member, observation: Observation) -> None:
         request_id = RequestId(len(self._run.actions) + self._engine.num_under_way)
-        self._engine.submit(request_id, member.model, observation, deadline_s=1.0)
+        work = self._engine.submit(request_id, member.model, observation, deadline_s=1.0)
+        self._works.append(work)
+
+    def relocate(self, moves: Moves) -> None:
+        """What requests under way remember follows; contexts and histories follow by themselves."""
+        for work in self._works:
+            for span in work.spans.values():
+                span.pages = moves.now_at(span.stage.layout, span.pages)
+
+    def _tidy(self) -> None:
+        """Defragmentation between two steps; requests that have left remember nothing."""
+        self._works = [work for work in self._works if not work.is_done]
+        moves = self._ledger.plan_moves(STEP_BUDGET_BYTES, num_spare=NUM_SPARE)
+        if moves is not None:
+            with torch.inference_mode():
+                self._arena.copy(moves.copies)
+            self._run.num_moved_pages += len(moves.copies)
 
     def _remember(self, member: Member, observation: Observation) -> None:
         """Hold what was just perceived: it is found by its content."""
@@ -282,12 +302,10 @@ def smallest_pool(
 ) -> int:
     """Large pages of the smallest arena in which the run waits for no page and computes nothing twice."""
     layouts = tuple(layout for model in models.values() for layout in model.layouts)
-    unit_bytes = gcd(large_page_bytes, *(layout.page_bytes for layout in layouts))
-    dry = {name: Dry(model, unit_bytes) for name, model in models.items()}
-    dry_bytes = large_page_bytes // unit_bytes
+    dry = {name: Dry(model) for name, model in models.items()}
 
     def attempt(num_large_pages: int) -> PagedRun | None:
-        server = PagedServer(dry, num_large_pages, large_page_bytes=dry_bytes)
+        server = PagedServer(dry, num_large_pages, large_page_bytes=large_page_bytes)
         try:
             return server.serve(members, observations, num_periods)
         except GanglionError:

@@ -252,7 +252,7 @@ class Ledger:
     def num_evictable(self, layout_name: str) -> int:
         """Pages that this layout can have besides, by evicting its own and other layouts' idle large pages."""
         slabs = self._books[layout_name].slabs
-        num_idle = sum(book.slabs.num_idle for book in self._books.values()) - slabs.num_idle
+        num_idle = self._num_idle() - slabs.num_idle
         return slabs.num_parked + num_idle * slabs.pages_per_large
 
     def _make_room(self, book: Book, num_pages: int) -> None:
@@ -321,8 +321,8 @@ class Ledger:
         """Between two steps: bring large pages under the budget of the pool, and `num_spare` of them free.
 
         Small pages, cached ones included, move out of the emptiest large pages, `budget_bytes` of them at most, where a
-        page counts as PAGE_COST_BYTES at least; nothing moves while enough is free. Over the budget of the pool, cached
-        pages go when moving cannot help; they take of the budget too. References, keys, epochs, owners and the order of eviction move along, and so do all holders. None
+        page counts as PAGE_COST_BYTES at least; nothing moves while enough is free. Where they do not fit, the least
+        valuable cached pages make room, and take of the budget too. References, keys, epochs, owners and the order of eviction move along, and so do all holders. None
         when there is nothing to do; else the caller carries the orders out before anything reads or writes.
         """
         large_pages = self._large_pages
@@ -332,13 +332,11 @@ class Ledger:
             victim = cheapest_victim(self._books, budget_bytes)
             if victim is not None:
                 budget_bytes -= itinerary.move(victim, budget_bytes, self._num_events)
-            elif large_pages.num_surplus:
-                num_bytes = self._evict_idle(budget_bytes)
-                if not num_bytes:
-                    break
-                budget_bytes -= num_bytes
             else:
-                break
+                cost_bytes = self._evict_to_move(budget_bytes, num_spare)
+                if not cost_bytes:
+                    break
+                budget_bytes -= cost_bytes
             released += large_pages.retire()
         if not itinerary.copies and not released:
             return None
@@ -349,6 +347,34 @@ class Ledger:
             for holder in self._holders:
                 holder.relocate(moves)
         return moves
+
+    def _evict_to_move(self, budget_bytes: int, num_spare: int) -> int:
+        """When moving alone cannot help: drop the cached page that is worth least and in the way; returns its cost.
+
+        Over the budget of the pool idle large pages go first. Else they are as good as free: whoever needs one takes it.
+        """
+        if self._large_pages.num_surplus:
+            cost_bytes = self._evict_idle(budget_bytes)
+            if cost_bytes:
+                return cost_bytes
+        elif self._large_pages.num_free + self._num_idle() >= num_spare:
+            return 0
+        weakest: Book | None = None
+        least = 0.0
+        for book in self._books.values():
+            key = book.cached.weakest()
+            if key is None or book.cost_bytes > budget_bytes or not book.slabs.num_emptiable:
+                continue
+            worth = book.cached.worth(key)
+            if weakest is None or worth < least:
+                weakest, least = book, worth
+        if weakest is None:
+            return 0
+        weakest.evict(weakest.page_of[cast(PageKey, weakest.cached.weakest())])
+        return weakest.cost_bytes
+
+    def _num_idle(self) -> int:
+        return sum(book.slabs.num_idle for book in self._books.values())
 
     def _evict_idle(self, budget_bytes: int) -> int:
         """Drop cached pages of the idle large page that is worth least; returns what it took of the budget."""

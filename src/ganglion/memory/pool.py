@@ -233,6 +233,14 @@ class Slabs:
         """The same of those that have parked pages only."""
         return self._idle_shelf.emptiest()
 
+    @property
+    def num_emptiable(self) -> int:
+        """Large pages that could be emptied if nothing were parked."""
+        per, num_stuck = self.pages_per_large, len(self._num_stuck)
+        num_held = self.num_open * per - self.num_free - self.num_parked
+        num_full = -(-max(0, num_held - num_stuck * per) // per)
+        return self.num_open - num_stuck - num_full
+
     def num_held(self, large: int) -> int:
         """Held pages of one opened large page."""
         return self._num_held[large]
