@@ -35,6 +35,9 @@ from ganglion.bench.memory_mix import (
     members,
 )
 from ganglion.bench.memory_paged import (
+    STEP_BUDGET_BYTES as MIX_STEP_BUDGET_BYTES,
+)
+from ganglion.bench.memory_paged import (
     Answer,
     InPool,
     Observations,
@@ -276,7 +279,8 @@ def _detail(mix: Sequence[Member], models: Mapping[str, Model], num_steps: int) 
         f"written), {MAX_CHUNKS} latents; exact rows, no rounding. single_context: with one observation's KV instead of two",
         "not shared": "the same pages and engine, every key with the session in it: a session finds its own pages only",
         "bytes": "of the smallest arena in which the run waits for no page and computes nothing twice: rests of large "
-        "pages, partly used large pages and row padding included",
+        "pages, partly used large pages and row padding included; defragmented between steps, at most "
+        f"{MIX_STEP_BUDGET_BYTES} bytes each",
         "waste_share": "rows of held pages that hold nothing; pool_waste_share: all bytes of the arena that are in no "
         "held page when most are held",
         "burst": "all sixteen observations arrive in the same step: no camera's picture is known yet when its second "

@@ -162,7 +162,6 @@ class PagedRun:
     work: dict[str, int] = field(default_factory=dict)
     used_pages: dict[str, int] = field(default_factory=dict)
     used_bytes: int = 0
-    num_moved_pages: int = 0
 
     @property
     def effort(self) -> tuple[int, tuple[tuple[str, int], ...]]:
@@ -245,7 +244,6 @@ class PagedServer:
         if moves is not None:
             with torch.inference_mode():
                 self._arena.copy(moves.copies)
-            self._run.num_moved_pages += len(moves.copies)
 
     def _remember(self, member: Member, observation: Observation) -> None:
         """Hold what was just perceived: it is found by its content."""
