@@ -64,17 +64,17 @@ def piece_us(stage: Stage, num_rows: int) -> float:
 
 
 class ChargingExecutor:
-    """Moves the clock by the table."""
+    """Moves the clock by the table, `slowness` times."""
 
-    def __init__(self, clock: SimulatedClock) -> None:
-        self._clock = clock
+    def __init__(self, clock: SimulatedClock, slowness: float) -> None:
+        self._clock, self._slowness = clock, slowness
 
     def run(self, plan: StepPlan) -> tuple[PieceResult, ...]:
         results = []
         for piece in plan.pieces:
             stage, start_s = piece.order.stage, self._clock.now_s()
             num_steps = piece.order.num_units if stage.is_divisible else 1
-            run_us = piece_us(stage, len(piece.order.rows)) * num_steps
+            run_us = piece_us(stage, len(piece.order.rows)) * num_steps * self._slowness
             self._clock.advance(run_us * 1e-6)
             results.append(PieceResult(start_s=start_s, run_us=run_us, failed_rows={}))
         self._clock.advance(0.0005)
@@ -98,6 +98,7 @@ class Fleet:
 
     num_robots: int
     is_admitted_by_need: bool = True
+    slowness: float = 1.0
     ladder: Ladder | None = None
     num_ticks: int = 0
     num_misses: int = 0
@@ -162,19 +163,26 @@ class Fleet:
         for stage in MODEL.stages:
             for rows in (1, 2, 4, 8, 16):
                 num_units = 1 if stage.is_divisible else stage.num_units
-                run_us = piece_us(stage, rows)
+                run_us = piece_us(stage, rows) * self.slowness
                 cost.observe(name, stage.name, num_rows=rows, num_units=num_units, run_us=run_us)
         engine = Engine(
             {name: MODEL},
             Ledger(PoolLayout(large_page_bytes=1 << 20, layouts=MODEL.layouts), 64),
             DeadlineScheduler({name: MODEL.stages}, cost, max_rows=64, num_lanes=1),
-            ChargingExecutor(clock),  # type: ignore[arg-type]
+            ChargingExecutor(clock, self.slowness),  # type: ignore[arg-type]
             cost,
             clock,
             step_budget_us=20_000,
             num_step_records=1,
         )
-        admission = Admission(cost, model=name, stages=MODEL.stages, max_rows=64, num_lanes=1)
+        admission = Admission(
+            cost,
+            model=name,
+            stages=MODEL.stages,
+            max_rows=64,
+            num_lanes=1,
+            max_age_ms=MAX_AGE_S * 1e3,
+        )
         triage = Triage(
             MODEL.spec,
             admission=admission if self.is_admitted_by_need else None,
@@ -223,6 +231,13 @@ def test_what_does_not_help_the_batch_waits_outside() -> None:
     by_need = Fleet(num_robots=40).run()
     at_once = Fleet(num_robots=40, is_admitted_by_need=False).run()
     assert by_need.miss_rate < 0.6 * at_once.miss_rate
+
+
+def test_a_slow_machine_serves_some_in_time_instead_of_all_late() -> None:
+    fleet = Fleet(num_robots=16, slowness=5.0).run()
+    at_once = Fleet(num_robots=16, slowness=5.0, is_admitted_by_need=False).run()
+    assert at_once.miss_rate > 0.9
+    assert fleet.miss_rate < 0.8
 
 
 @pytest.mark.parametrize("num_robots", [44, 60])

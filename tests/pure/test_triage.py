@@ -220,11 +220,26 @@ STAGE = Stage(
 
 
 @pytest.mark.parametrize(
-    ("base", "each", "expected"),
-    [(0, 100, 4), (200, 100, 16), (100_000, 1, 64)],
+    ("base", "each", "max_age_ms", "expected"),
+    [
+        (0, 100, 250.0, 4),
+        (200, 100, 250.0, 16),
+        (10_000, 1, 250.0, 64),
+        (200, 100, 10.0, 4),  # eight rows take 5 ms of the 4 that they may
+        (10_000, 1, 10.0, 1),  # nothing is in time
+    ],
 )
-def test_requests_under_way_end_where_batching_does(base: int, each: int, expected: int) -> None:
-    admission = Admission(Table(base, each), model="m", stages=(STAGE,), max_rows=64, num_lanes=1)
+def test_requests_under_way_end_where_batching_does(
+    base: int, each: int, max_age_ms: float, expected: int
+) -> None:
+    admission = Admission(
+        Table(base, each),
+        model="m",
+        stages=(STAGE,),
+        max_rows=64,
+        num_lanes=1,
+        max_age_ms=max_age_ms,
+    )
     assert admission.limit(5) == expected
 
 

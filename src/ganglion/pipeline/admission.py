@@ -2,7 +2,8 @@
 
 A wider batch brings more chunks per second up to a point that the cost model knows; past it, each further row only
 makes all others later, while outside it an observation can still be replaced by a newer one. So the rest waits there,
-and goes in by deadline (compare the admission of Clockwork, OSDI 2020).
+and goes in by deadline (compare the admission of Clockwork, OSDI 2020). On a machine so slow that a wide batch would take
+much of what an observation may be old, narrow ones serve some robots in time instead of all of them late.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,17 @@ from ganglion.spec import Stage
 from ganglion.types import SpanKind
 
 ENOUGH = 0.9  # of the highest rate
-LEAST_ROWS = 4  # so few cost no robot its freshness, and their batches keep being measured
+AGE_SHARE = (
+    0.4  # of an observation's largest age that a batch may take: it also waits for the one before
+)
+LEAST_ROWS = 4  # where they are in time; so few batches of each width keep being measured
 
 
 class Admission:
-    """The narrowest batch that brings almost the highest rate."""
+    """The narrowest batch that brings almost the highest rate of those that are soon done.
+
+    `max_age_ms`: how old an observation may be when its first action is due.
+    """
 
     def __init__(
         self,
@@ -26,9 +33,11 @@ class Admission:
         stages: Sequence[Stage],
         max_rows: int,
         num_lanes: int,
+        max_age_ms: float,
     ) -> None:
         self._cost, self._model, self._stages = cost, model, tuple(stages)
         self._max_rows, self._num_lanes = max_rows, num_lanes
+        self._max_us = AGE_SHARE * max_age_ms * 1e3
 
     def limit(self, num_flow_steps: int) -> int:
         """Requests under way, when each takes so many flow steps."""
@@ -37,13 +46,11 @@ class Admission:
         while num_rows <= self._max_rows * self._num_lanes:
             sizes.append(num_rows)
             num_rows *= 2
-        rates = {rows: rows / max(1, self._us(rows, num_flow_steps)) for rows in sizes}
-        enough = ENOUGH * max(rates.values())
-        return max(LEAST_ROWS, next(rows for rows, rate in rates.items() if rate >= enough))
-
-    def full_us(self, num_rows: int, num_flow_steps: int) -> int:
-        """One whole request in a batch of so many, microseconds."""
-        return self._us(num_rows, num_flow_steps)
+        times_us = {rows: max(1, self._us(rows, num_flow_steps)) for rows in sizes}
+        in_time = [rows for rows in sizes if times_us[rows] <= self._max_us] or sizes[:1]
+        enough = ENOUGH * max(rows / times_us[rows] for rows in in_time)
+        narrowest = next(rows for rows in in_time if rows / times_us[rows] >= enough)
+        return min(in_time[-1], max(LEAST_ROWS, narrowest))
 
     def _us(self, num_rows: int, num_flow_steps: int) -> int:
         per_lane = -(-num_rows // self._num_lanes)

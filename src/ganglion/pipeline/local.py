@@ -103,6 +103,7 @@ class LocalService:
             stages=model.stages,
             max_rows=engine.max_rows,
             num_lanes=len(self._lanes),
+            max_age_ms=pipeline.max_age_ms,
         )
         triage = Triage(model.spec, admission=admission, ladder=ladder)
         self._dispatcher = Dispatcher(
