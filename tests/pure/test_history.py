@@ -144,3 +144,12 @@ def test_without_attention_a_history_is_a_window() -> None:
     for item in range(9):
         history.add(item, item)
     assert history.items == (6, 7, 8)
+
+
+def test_a_page_that_is_worth_enough_at_first_makes_a_window_whatever_is_attended_to() -> None:
+    history = History(HistoryConfig(num_whole=3, num_encoded=0, first_score=1e6))
+    for item in range(40):
+        for old in history.items:
+            history.note(old, 1.0 if old == history.items[0] else 0.0, item)
+        history.add(item, item)
+    assert history.items == (37, 38, 39)

@@ -55,9 +55,9 @@ RECOLLECTIONS = (
         history=HistoryConfig(num_whole=1, num_encoded=2),
     ),
     Recollection(
-        name="window int8",
+        name="window",  # so much is a new page worth that no attention outweighs its age
         roads=Roads.HISTORY,
-        history=HistoryConfig(num_whole=1, num_encoded=6, half_life=1e-3),
+        history=HistoryConfig(num_whole=7, num_encoded=0, first_score=1e6),
     ),
     Recollection(name="gru", roads=Roads.RECURRENT),
     Recollection(name="both", roads=Roads.BOTH),

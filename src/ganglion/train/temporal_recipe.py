@@ -152,7 +152,8 @@ what the action expert attends to least (decayed attention mass), not what is ol
 ## Success
 Closed loop, {len(config.seeds)} starts a task (the same for all rows), at most {config.max_ticks} ticks, a new chunk every {config.ticks_per_chunk} ticks that arrives {config.delay_ticks}
 tick later, {config.num_flow_steps} flow steps, {config.dtype}. Rows are one set of weights with parts of its memory taken away, except for `base`:
-metaworld-ten itself. "window": the newest observations are kept, whatever attention says.
+metaworld-ten itself. `none`: neither road. `history`: {policy.config.num_past} pages. `int8`: one page as written, six as int8 (`short`: two).
+`window`: the {policy.config.num_past} newest pages, whatever attention says. `gru`: the recurrent state alone.
 
 | memory | {tasks} | mean | ticks to success |
 |---|{"---|" * len(config.tasks)}---|---|
