@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from ganglion.bench.baselines.contiguous import ContiguousSession
 from ganglion.bench.memory import run
@@ -93,7 +92,6 @@ def test_churn_without_defragmentation_refuses_more() -> None:
     assert tidied.num_moved_bytes <= STEP_BUDGET_BYTES * len(tidied.stalls_us)
 
 
-@pytest.mark.slow
 def test_every_promised_figure_is_measured() -> None:
     result = run(quick=True, seed=1)
     assert {
