@@ -73,7 +73,7 @@ class Stage:
 
     def __init__(self, tape: Path, *, is_quick: bool, seed: int) -> None:
         self._tape, self._seed = tape, seed
-        self._warm_s, self._run_s = (0.4, 1.0) if is_quick else (1.5, 4.0)
+        self._warm_s, self._run_s = (0.4, 1.0) if is_quick else (2.0, 4.0)
         self.curves: dict[str, Curve] = {}
 
     def measure(self, side: Side, size: int, url: str) -> FleetReport:
