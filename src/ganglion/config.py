@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ganglion.errors import ConfigError
-from ganglion.units import MIB, format_bytes, parse_bytes
+from ganglion.units import KIB, MIB, format_bytes, parse_bytes
 
 AUTO = "auto"
 SECRETS = frozenset({"serve.api_key"})
@@ -72,6 +72,7 @@ class MemoryConfig:
 
     arena_bytes: int = 256 * MIB
     large_page_bytes: int = 1 * MIB
+    defrag_step_bytes: int = 256 * KIB  # pages may move by so much before an engine step; 0 = never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +124,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "pipeline.gate_state_change": (0, inf),
     "memory.arena_bytes": (1 * MIB, inf),
     "memory.large_page_bytes": (4096, 1024 * MIB),
+    "memory.defrag_step_bytes": (0, 1024 * MIB),
     "policy.num_flow_steps": (0, 10),
     "demo.num_arms": (1, 64),
     "demo.rate_hz": (0.1, 1000),

@@ -102,7 +102,6 @@ def test_a_chunk_continues_what_runs_anyway(client):
 def test_an_asyncio_robot_says_the_same(server):
     async def main() -> Reply:
         async with AsyncClient(server.ws_url, robot_id="async", timeout_s=TIMEOUT_S) as robot:
-            await robot.infer(seen(), execution="prefix", executed_until=2, seed=1)
             return await robot.infer(
                 seen(), execution="prefix", executed_until=5, action_prefix=PREFIX,
                 inference_delay_hint=3, seed=1,

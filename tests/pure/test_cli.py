@@ -31,7 +31,7 @@ FROZEN = {
         *SETTINGS,
     ],
     "run": [
-        *("--world", "--episodes", "--rate", "--seed", "--prompt"),
+        *("--world", "--episodes", "--rate", "--seed", "--prompt", "--execution"),
         *("--url", "--api-key-file"),
         *("--json", "--log-level"),
     ],

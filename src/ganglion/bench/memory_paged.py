@@ -16,12 +16,11 @@ from ganglion.clock import SimulatedClock
 from ganglion.engine.executor import Executor
 from ganglion.engine.lane import Lanes
 from ganglion.engine.step import Engine
-from ganglion.engine.work import PieceOrder, Work, WorkView
+from ganglion.engine.work import PieceOrder, WorkView
 from ganglion.errors import GanglionError
 from ganglion.layout import PoolLayout
 from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
-from ganglion.memory.orders import Moves
 from ganglion.memory.prefix import page_keys
 from ganglion.memory.table import PageTable, VersionedTable
 from ganglion.models.base import Model, StageBatch
@@ -180,18 +179,18 @@ class PagedServer:
         layouts = tuple(layout for model in models.values() for layout in model.layouts)
         pool = PoolLayout(large_page_bytes=large_page_bytes, layouts=layouts)
         self._page_bytes = {layout.name: layout.page_bytes for layout in layouts}
-        self._ledger, self._arena = Ledger(pool, num_large_pages), Arena(pool, num_large_pages)
-        self._ledger.attach(self)
-        self._works: list[Work] = []
+        self._ledger = Ledger(pool, num_large_pages)
         clock, cost = SimulatedClock(), MeasuredCost()
         self._engine = Engine(
             self._models,
             self._ledger,
             Lockstep({name: model.stages for name, model in models.items()}),
-            Executor(self._models, self._arena, Lanes(((),)), clock),
+            Executor(self._models, Arena(pool, num_large_pages), Lanes(((),)), clock),
             cost,
             clock,
             step_budget_us=1,
+            defrag_budget_bytes=STEP_BUDGET_BYTES,
+            num_spare_large_pages=NUM_SPARE,
             num_step_records=1,
         )
         self._histories: dict[SessionId, _History] = {}
@@ -206,7 +205,6 @@ class PagedServer:
             due = [member for member in members if member.phase == phase and period < num_periods]
             for member in due:
                 self._submit(member, observations[member.session_id, period])
-            self._tidy()
             self._engine.step()
             for member in due:
                 self._remember(member, observations[member.session_id, period])
@@ -228,22 +226,7 @@ class PagedServer:
 
     def _submit(self, member: Member, observation: Observation) -> None:
         request_id = RequestId(len(self._run.actions) + self._engine.num_under_way)
-        work = self._engine.submit(request_id, member.model, observation, deadline_s=1.0)
-        self._works.append(work)
-
-    def relocate(self, moves: Moves) -> None:
-        """What requests under way remember follows; contexts and histories follow by themselves."""
-        for work in self._works:
-            for span in work.spans.values():
-                span.pages = moves.now_at(span.stage.layout, span.pages)
-
-    def _tidy(self) -> None:
-        """Defragmentation between two steps; requests that have left remember nothing."""
-        self._works = [work for work in self._works if not work.is_done]
-        moves = self._ledger.plan_moves(STEP_BUDGET_BYTES, num_spare=NUM_SPARE)
-        if moves is not None:
-            with torch.inference_mode():
-                self._arena.copy(moves.copies)
+        self._engine.submit(request_id, member.model, observation, deadline_s=1.0)
 
     def _remember(self, member: Member, observation: Observation) -> None:
         """Hold what was just perceived: it is found by its content."""

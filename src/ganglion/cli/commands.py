@@ -304,7 +304,7 @@ RUN = Command(
                     kind=names,
                     default=("metaworld:drawer-open",),
                     metavar="WORLD",
-                    help="metaworld:TASK or pusht; several with commas, one robot each",
+                    help="metaworld:TASK, metaworld-moving:TASK, metaworld-jumping:TASK or pusht; several with commas, one robot each",
                 ),
                 Flag(
                     name="--episodes",
@@ -322,6 +322,13 @@ RUN = Command(
                 ),
                 Flag(
                     name="--prompt", metavar="TEXT", help="instruction in place of the task's own"
+                ),
+                Flag(
+                    name="--execution",
+                    default="naive",
+                    metavar="MODE",
+                    help="what a robot does while its next chunk is computed: sync, naive, blend, rtc, "
+                    "rtc-identity, prefix, rolled (default: %(default)s)",
                 ),
             ),
         ),

@@ -13,8 +13,16 @@ from ganglion.errors import FieldError
 from ganglion.robots.episode import EpisodeResult
 from ganglion.robots.fleet import Fleet, FleetConfig, own_episodes
 from ganglion.robots.loop import LoopConfig
+from ganglion.types import Execution
 
 REFRESH_S = 0.2
+
+
+def read_execution(name: str) -> Execution:
+    """The mode called `name`. Raises FieldError listing the modes."""
+    if name not in list(Execution):
+        raise FieldError("--execution", expected=f"one of {', '.join(Execution)}", got=repr(name))
+    return Execution(name)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         url=args.url,
         robots=tuple(f"{name}-{os.getpid()}-{at + 1}" for at, name in enumerate(names)),
         api_key=read_key(args.api_key_file),
-        loop=LoopConfig(rate_hz=args.rate),
+        loop=LoopConfig(rate_hz=args.rate, execution=read_execution(args.execution)),
         has_side_channel=True,
     )
 

@@ -20,6 +20,7 @@ from ganglion.engine.lane import Lanes, Task
 from ganglion.engine.work import Piece, StepPlan
 from ganglion.errors import GanglionError, InternalError
 from ganglion.memory.arena import Arena
+from ganglion.memory.orders import Moves
 from ganglion.models.base import Attentive, Model, StageBatch
 from ganglion.spec import Stage
 from ganglion.types import Float32Array, Observation, PageId
@@ -56,6 +57,12 @@ class Executor:
                 ]
                 self._lanes.run(tasks)
         return tuple(results[at] for at in range(len(plan.pieces)))
+
+    def move(self, moves: Moves) -> None:
+        """Copy pages to their new places, give the memory of retired large pages back; no piece runs meanwhile."""
+        with torch.inference_mode():
+            self._arena.copy(moves.copies)
+            self._arena.release(moves.released)
 
     def emit(
         self,

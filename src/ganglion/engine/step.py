@@ -5,32 +5,30 @@ The synchronous core: no locks, no sockets, no waiting. Knows pages by id and te
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ganglion.clock import Clock
+from ganglion.engine.assembly import Assembly
 from ganglion.engine.context import PublicContext, ticks_between
 from ganglion.engine.executor import Executor, PieceResult
 from ganglion.engine.outlook import Outlook, outlooks
 from ganglion.engine.record import step_record
 from ganglion.engine.scheduler import Scheduler
-from ganglion.engine.work import Piece, PieceOrder, Span, StepPlan, Work, WorkView
-from ganglion.errors import CancelledError, GanglionError, InternalError, OutOfPagesError
+from ganglion.engine.work import PieceOrder, StepPlan, Work, WorkView
+from ganglion.errors import CancelledError, GanglionError, InternalError
 from ganglion.memory.ledger import Ledger
-from ganglion.memory.prefix import PageKey, page_keys
+from ganglion.memory.orders import Moves
 from ganglion.memory.table import PageTable
 from ganglion.models.base import Attentive, Model
 from ganglion.plan.cost import CostModel
-from ganglion.spec import Stage
 from ganglion.types import (
     Float32Array,
     Observation,
-    PageId,
     RequestId,
-    Row,
     SessionId,
     SpanKind,
     StepRecord,
@@ -65,6 +63,8 @@ class Engine:
         *,
         step_budget_us: int,
         num_step_records: int,
+        defrag_budget_bytes: int = 0,
+        num_spare_large_pages: int = 1,
         is_context_public: bool = True,
         warm_start_share: float = 0.0,
     ) -> None:
@@ -72,8 +72,11 @@ class Engine:
         self._scheduler, self._executor, self._cost = scheduler, executor, cost
         self._clock, self._step_budget_us = clock, step_budget_us
         self._is_context_public, self._warm_start_share = is_context_public, warm_start_share
+        self._defrag_budget_bytes, self._num_spare = defrag_budget_bytes, num_spare_large_pages
+        ledger.attach(self)
         self._works: dict[RequestId, Work] = {}
         self._contexts: dict[SessionId, PublicContext] = {}
+        self._assembly = Assembly(models, ledger, self._works, self._contexts)
         self._finished: list[Finished] = []
         self._num_steps = 0
         self.records: deque[StepRecord] = deque(maxlen=num_step_records)
@@ -128,7 +131,7 @@ class Engine:
             wait_ratio=wait_ratio,
         )
         for stage in self._models[model].stages:
-            work.spans[stage.name] = self._open_span(model, stage, observation)
+            work.spans[stage.name] = self._assembly.open_span(model, stage, observation)
         if num_flow_steps is not None and work.last_span.stage.is_divisible:
             most = work.last_span.stage.num_units
             assert 0 < num_flow_steps <= most, f"{num_flow_steps} of {most} flow steps"
@@ -196,6 +199,9 @@ class Engine:
 
     def step(self) -> StepRecord | None:
         """Advance the most urgent work by one budget; None when there is nothing to do."""
+        moves = self._ledger.plan_moves(self._defrag_budget_bytes, num_spare=self._num_spare)
+        if moves is not None:
+            self._executor.move(moves)
         plan = self._plan()
         if plan is None:
             return None
@@ -203,49 +209,16 @@ class Engine:
         results = self._executor.run(plan)
         return self._commit(plan, results, start_s)
 
+    def relocate(self, moves: Moves) -> None:
+        """The ledger moved pages: requests under way follow. Contexts follow by themselves."""
+        self._assembly.relocate(moves)
+
     def drain_finished(self) -> list[Finished]:
         """Requests that left since the last call, in order."""
         finished, self._finished = self._finished, []
         return finished
 
     # --- plan ------------------------------------------------------------------------------------------------
-
-    def _open_span(self, model: str, stage: Stage, observation: Observation) -> Span:
-        if not stage.is_shared:
-            pages = self._repeated(stage, observation)
-            return Span(stage=stage, cursor=stage.num_units if pages else 0, pages=pages)
-        content = self._models[model].key(stage, observation)
-        keys = page_keys(f"{model}/{stage.name}", content, stage.num_pages)
-        pages = self._ledger.match(stage.layout, keys)
-        if len(pages) == stage.num_pages:
-            return Span(stage=stage, keys=keys, cursor=stage.num_units, pages=pages)
-        if pages:
-            self._ledger.release(stage.layout, pages)
-        return Span(stage=stage, keys=keys, base=self._base(model, stage, observation, keys))
-
-    def _repeated(self, stage: Stage, observation: Observation) -> tuple[PageId, ...]:
-        """The pages of the newest version, where the observation shows the same; else none."""
-        renewal, context = observation.renewal, self._contexts.get(observation.session_id)
-        if renewal is None or not renewal.is_repeat or not stage.is_repeatable or context is None:
-            return ()
-        return context.repeated(stage.name, stage.layout, observation)
-
-    def _base(
-        self, model: str, stage: Stage, observation: Observation, keys: tuple[PageKey, ...]
-    ) -> tuple[PageId, ...]:
-        """Pages of the content that the observation renews, if they are all there."""
-        if observation.renewal is None:
-            return ()
-        old = replace(observation, images={**observation.images, **observation.renewal.images})
-        content = self._models[model].key(stage, old)
-        old_keys = page_keys(f"{model}/{stage.name}", content, stage.num_pages)
-        if old_keys == keys:
-            return ()
-        pages = self._ledger.match(stage.layout, old_keys)
-        if pages and len(pages) < stage.num_pages:
-            self._ledger.release(stage.layout, pages)
-            return ()
-        return pages
 
     def _plan(self) -> StepPlan | None:
         if not self._works:
@@ -265,7 +238,10 @@ class Engine:
             for work in self._works.values()
         ]
         orders = self._scheduler.plan(view, self._step_budget_us)
-        pieces = self._pieces(orders)
+        pieces, starved = self._assembly.pieces(orders)
+        if starved and not pieces:  # nothing would ever free a page: the least urgent gives way
+            last = max(starved, key=lambda request_id: self._works[request_id].deadline_us)
+            self._finish(self._works[last], starved[last])
         self._num_steps += 1
         return StepPlan(
             step=self._num_steps,
@@ -302,82 +278,6 @@ class Engine:
     def _may_see_newer(self, work: Work) -> bool:
         late_steps = self._models[work.model].spec.late_context_steps
         return self._is_context_public and work.last_span.cursor < late_steps
-
-    def _pieces(self, orders: Sequence[PieceOrder]) -> list[Piece]:
-        """Give every row the pages that it writes; a row that the pool cannot serve now sits the rest of the step out.
-
-        When no row could be served, nothing would ever free a page: the least urgent ends with OutOfPagesError.
-        """
-        pieces: list[Piece] = []
-        starved: dict[RequestId, OutOfPagesError] = {}
-        for order in orders:
-            for request_id in order.rows:
-                if request_id not in starved:
-                    error = self._reserve(self._works[request_id], order.stage)
-                    if error is not None:
-                        starved[request_id] = error
-            piece = self._piece(order, starved.keys())
-            if piece is not None:
-                pieces.append(piece)
-        if starved and not pieces:
-            last = max(starved, key=lambda request_id: self._works[request_id].deadline_us)
-            self._finish(self._works[last], starved[last])
-        return pieces
-
-    def _reserve(self, work: Work, stage: Stage) -> OutOfPagesError | None:
-        span = work.spans[stage.name]
-        if span.pages:
-            return None
-        try:
-            span.pages = self._ledger.reserve(
-                stage.layout, stage.num_pages, owner=work.observation.session_id
-            )
-        except OutOfPagesError as error:
-            return error
-        return None
-
-    def _piece(self, order: PieceOrder, starved: Set[RequestId]) -> Piece | None:
-        kept = [at for at, request_id in enumerate(order.rows) if request_id not in starved]
-        if not kept:
-            return None
-        works = [self._works[order.rows[at]] for at in kept]
-        stages = [works[0].spans[name].stage for name in order.stage.reads]
-        if order.stage.is_divisible:
-            stages.append(order.stage)
-        return Piece(
-            order=replace(
-                order,
-                rows=tuple(order.rows[at] for at in kept),
-                first_units=tuple(order.first_units[at] for at in kept),
-            ),
-            rows=tuple(
-                self._row(work, order.stage, order.first_units[at])
-                for work, at in zip(works, kept, strict=True)
-            ),
-            reads=tuple(
-                (stage, tuple(work.pages(stage.name) for work in works)) for stage in stages
-            ),
-            writes=tuple(work.spans[order.stage.name].pages for work in works),
-            bases=tuple(work.spans[order.stage.name].base for work in works),
-        )
-
-    def _row(self, work: Work, stage: Stage, first_unit: int) -> Row:
-        if stage.kind is not SpanKind.DENOISE:
-            return Row(observation=work.observation, first_unit=first_unit)
-        context = self._contexts.get(work.observation.session_id)
-        spec = self._models[work.model].spec
-        is_first = first_unit == work.last_span.cursor  # of this step's pieces of the row
-        plan = None
-        if context is not None:
-            plan = context.plan(work.seen, own=work.observation, max_prefix=spec.max_prefix)
-        return Row(
-            observation=work.seen,
-            first_unit=first_unit,
-            is_new=is_first and not work.has_begun,
-            shift=work.shift if is_first else 0,
-            plan=plan,
-            num_units=work.last_span.num_asked,
-        )
 
     # --- commit ----------------------------------------------------------------------------------------------
 
@@ -421,13 +321,12 @@ class Engine:
         span.cursor += order.num_units
         if span.is_done:
             self._ledger.commit(order.stage.layout, span.pages, span.keys or None)
-            self._release_base(span)
+            if span.keys:  # a batch mate may have made the same
+                span.pages = self._ledger.merge(
+                    order.stage.layout, span.pages, span.keys, owner=work.observation.session_id
+                )
+            self._assembly.release_base(span)
         self._publish_if_perceived(work)
-
-    def _release_base(self, span: Span) -> None:
-        if span.base:
-            self._ledger.release(span.stage.layout, span.base)
-            span.base = ()
 
     def _publish_if_perceived(self, work: Work) -> None:
         if work.percept is None and all(
@@ -479,11 +378,7 @@ class Engine:
 
     def _finish(self, work: Work, outcome: Float32Array | GanglionError) -> None:
         del self._works[work.request_id]
-        for span in work.spans.values():
-            self._release_base(span)
-            is_in_context = work.percept is not None and span is not work.last_span
-            if span.pages and not is_in_context:
-                self._ledger.release(span.stage.layout, span.pages)
+        self._assembly.release(work)
         if work.percept is not None:
             self._contexts[work.observation.session_id].release(work.percept)
         self._finished.append(Finished(work=work, outcome=outcome))

@@ -93,6 +93,7 @@ class LocalService:
             self._clock,
             step_budget_us=engine.step_budget_us,
             num_step_records=engine.num_step_records,
+            defrag_budget_bytes=memory.defrag_step_bytes,
             is_context_public=pipeline.context == "public",
             warm_start_share=pipeline.warm_start,
         )

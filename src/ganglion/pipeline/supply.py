@@ -8,7 +8,7 @@ spent executing, is the wait ratio (Kairos, arXiv 2605.11381). Knows observation
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from ganglion.types import Observation
+from ganglion.types import Execution, Observation
 
 HALF_LIFE_S = 10.0  # of what the wait ratio remembers
 MAX_REMEMBERED = 64  # observations; more of one robot are never under way
@@ -134,6 +134,8 @@ class Supply:
 
     def _rows_end_s(self, sent: _Sent, newest: Observation) -> float | None:
         """By the robot's own count of ticks where it has one, else by the time that went by."""
+        if newest.execution is Execution.SYNC:  # such a robot asks when it is dry
+            return self._received_s.get(newest.seq)
         if newest.control_hz is None:
             return None
         num_left, since_s = sent.num_rows, sent.received_s

@@ -80,16 +80,14 @@ class ChunkExecution:
 
     def __init__(
         self,
-        execution: Execution | None,
+        execution: Execution,
         *,
         metadata: Mapping[str, Any],
         embodiment: Embodiment,
         replan_ticks: int,
     ) -> None:
-        """`execution` None: prefix where the policy continues one, else naive. Raises FieldError for what it cannot do."""
+        """Raises FieldError for what the served policy or the arm cannot do."""
         self._max_prefix = int(metadata.get("max_prefix", 0))
-        if execution is None:
-            execution = Execution.PREFIX if self._max_prefix else Execution.NAIVE
         self.execution = execution
         self._body, self._replan_ticks = embodiment, replan_ticks
         self._horizon = int(metadata.get("horizon", 0))

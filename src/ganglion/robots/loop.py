@@ -69,11 +69,11 @@ class SafeStoppedError(GanglionError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopConfig:
-    """How an arm is controlled. `execution` None: prefix where the served policy continues one, else naive."""
+    """How an arm is controlled."""
 
     rate_hz: float = 20.0
     replan_ticks: int = 3
-    execution: Execution | None = None
+    execution: Execution = Execution.NAIVE
     max_in_flight: int = MAX_IN_FLIGHT  # observations under way; 1 = one at a time
     max_ticks: int = 500
     settle_ticks: int = 5  # run on after success

@@ -56,8 +56,7 @@ class RunnerConfig:
         loop = dict(body["loop"])
         loop["pace"], loop["on_safe_stop"] = Pace(loop["pace"]), OnSafeStop(loop["on_safe_stop"])
         loop["queue"] = QueueConfig(**loop["queue"])
-        if loop["execution"] is not None:
-            loop["execution"] = Execution(loop["execution"])
+        loop["execution"] = Execution(loop["execution"])
         parts = {
             "cores": tuple(body["cores"]),
             "loop": LoopConfig(**loop),

@@ -171,6 +171,6 @@ training goes on with both.
 {notes}
 ## Limits
 Two tasks of metaworld-ten's ten, canonical instructions; the others were not trained on and are not claimed. The memory counts
-observations, and saw one every 3 ticks in training: other rates age its pages faster or slower. `action_prefix` as in metaworld-ten.
+observations, and saw one every 3 ticks in training: other rates age its pages faster or slower. `action_prefix` was trained with, and is not measured here.
 Not for real robots.
 """
