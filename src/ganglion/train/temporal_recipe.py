@@ -171,6 +171,7 @@ training goes on with both.
 {notes}
 ## Limits
 Two tasks of metaworld-ten's ten, canonical instructions; the others were not trained on and are not claimed. The memory counts
-observations, and saw one every 3 ticks in training: other rates age its pages faster or slower. `action_prefix` was trained with, and is not measured here.
+observations and saw one every {config.ticks_per_chunk} ticks in training; other rates age its pages faster or slower. `action_prefix` was trained
+with, and is not measured here. With {len(config.seeds)} starts a cell, differences under ten points may be chance.
 Not for real robots.
 """
