@@ -132,17 +132,19 @@ def test_the_recurrent_state_remembers_and_no_row_sees_another(tiny: TemporalChe
 
 
 def test_relevance_is_the_share_that_the_expert_pays(tiny: TemporalCheckpoint) -> None:
-    num_memory = TINY_MEMORY.num_memory_tokens()
+    num_memory, probe = TINY_MEMORY.num_memory_tokens(), tiny.policy.probe()
     context = random_kv(4, TINY_FLOW.num_context_tokens + num_memory)
-    shares = tiny.policy.relevance(context)
-    assert shares.shape == (2, num_memory)
-    assert bool((shares > 0).all())
-    assert bool((shares.sum(1) < 1).all())
-    gone = context.clone()
-    gone[:, :, 0, -2] = 0.0  # a key of zeros scores nothing, wherever the query points
-    gone[:, :, :, -3] = gone[:, :, :, -1]  # twins receive the same
-    shares = tiny.policy.relevance(gone)
-    assert torch.allclose(shares[:, -3], shares[:, -1])
+    shares = tiny.policy.relevance(context, probe)
+    expected = torch.zeros(2, num_memory)
+    hidden = probe.expand(2, -1, -1)
+    for layer, block in enumerate(tiny.policy.flow.expert):
+        query, own = block.project(hidden)  # type: ignore[operator]
+        keys, values = torch.cat([context[:, layer].transpose(1, 2), own], dim=1).unbind(2)
+        scores = torch.einsum("bthd,bkhd->bhtk", query, keys) * query.shape[-1] ** -0.5
+        weights = scores.softmax(-1)
+        expected += weights[..., TINY_FLOW.num_context_tokens :][..., :num_memory].mean((1, 2))
+        hidden = block.finish(hidden, torch.einsum("bhtk,bkhd->bthd", weights, values).flatten(2))  # type: ignore[operator]
+    torch.testing.assert_close(shares, expected / TINY_FLOW.num_layers)
 
 
 def test_pages_give_what_tensors_give(tiny: TemporalCheckpoint) -> None:

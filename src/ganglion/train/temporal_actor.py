@@ -70,6 +70,8 @@ class TemporalActor:
         self._policy, self._processor = checkpoint.policy, checkpoint.processor
         self._num_flow_steps, self._roads = num_flow_steps, roads
         self._codec = Int8Codec()
+        with torch.inference_mode():
+            self._probe = checkpoint.policy.probe()
         self._text_kv: dict[str, Tensor] = {}
 
     def new_memory(self) -> ArmMemory:
@@ -101,7 +103,7 @@ class TemporalActor:
         seen_hidden = hidden if Roads.RECURRENT in self._roads else torch.zeros_like(hidden)
         memory_kv = policy.recall(past, seen_hidden, seq, context_kv)
         context_kv = torch.cat([context_kv, memory_kv], dim=3)
-        masses = policy.relevance(context_kv).tolist()
+        masses = policy.relevance(context_kv, self._probe).tolist()
         for row, memory in enumerate(memories):
             self._remember(memory, page[row], hidden[row], kept[row], masses[row])
         x = torch.stack([self._noise(sight.noise_seed) for sight in sights])

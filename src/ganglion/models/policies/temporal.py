@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ganglion.kernels.cpu import attend as attended
 from ganglion.models.layers import Block, attend, time_features
 from ganglion.models.policies.flow import FlowConfig, FlowPolicy
 
@@ -239,35 +240,42 @@ class TemporalPolicy(nn.Module):
         recurrent = self.memory.recurrent_token(hidden, hidden.ne(0.0).any(-1))
         return self.memory.project(torch.cat([history, recurrent], dim=1), context_kv)
 
+    def probe(self, num_tokens: int = 4) -> Float[Tensor, "1 probe width"]:
+        """Action tokens spread over the chunk, at flow time 0 without noise: there the choice between futures is made.
+
+        They depend on the weights alone.
+        """
+        flow = self.flow
+        places = torch.linspace(0, flow.config.horizon - 1, num_tokens).long()
+        zero = torch.zeros(1, flow.config.horizon, flow.config.action_dim, dtype=flow.dtype)
+        return flow._embedded(zero, torch.zeros(1, flow.config.horizon))[:, places]
+
     @torch.inference_mode()
     def relevance(
         self,
         context_kv: Float[Tensor, "b layer 2 context head dim"],
-        *,
-        num_probes: int = 4,
+        probe: Float[Tensor, "1 probe width"],
     ) -> Float32[Tensor, "b memory"]:
         """Share of the expert's attention that each memory token receives, the last tokens of `context_kv`.
 
-        Mean over layers and heads of `num_probes` action tokens spread over the chunk, at flow time 0 without noise:
-        there the choice between futures is made. A twelfth of a flow step's work.
+        Mean over layers, heads and the action tokens of `probe`, which attend to the context and to each other.
         """
-        flow, expert = self.flow, cast("Iterable[Block]", self.flow.expert)
-        places = torch.linspace(0, flow.config.horizon - 1, num_probes).long()
-        rows, num_memory = len(context_kv), self.config.num_memory_tokens()
-        tau = torch.zeros(1, flow.config.horizon)
-        zero = torch.zeros(1, flow.config.horizon, flow.config.action_dim, dtype=flow.dtype)
-        hidden = flow._embedded(zero, tau)[:, places].expand(rows, -1, -1)
+        expert = list(cast("Iterable[Block]", self.flow.expert))
+        num_memory = self.config.num_memory_tokens()
         num_context = context_kv.shape[3]
-        total = torch.zeros(rows, num_memory)
-        for block, layer_kv in zip(expert, context_kv.unbind(1), strict=True):
+        hidden = probe.expand(len(context_kv), -1, -1)
+        total = torch.zeros(len(context_kv), num_memory)
+        for at, block in enumerate(expert):
             query, key_value = block.project(hidden)
-            keys, values = torch.cat([layer_kv.transpose(1, 2), key_value], dim=1).unbind(2)
-            scores = torch.einsum("bthd,bkhd->bhtk", query, keys) * query.shape[-1] ** -0.5
-            shares = scores.float().softmax(-1)
-            total += shares[..., num_context - num_memory : num_context].mean((1, 2))
-            attended = torch.einsum("bhtk,bkhd->bthd", shares.to(values.dtype), values)
-            hidden = block.finish(hidden, attended.flatten(2))
-        return total / flow.config.num_layers
+            keys_values = torch.cat([context_kv[:, at].transpose(1, 2), key_value], dim=1)
+            keys, values = keys_values.unbind(2)
+            out, lse = attended(query, keys, values)
+            asked = keys[:, num_context - num_memory : num_context].float().permute(0, 2, 3, 1)
+            scores = query.float().transpose(1, 2) @ asked * query.shape[-1] ** -0.5
+            total += (scores - lse.transpose(1, 2)[..., None]).exp().mean((1, 2))
+            if at + 1 < len(expert):  # nothing reads the last one's output
+                hidden = block.finish(hidden, out.flatten(2))
+        return total / len(expert)
 
 
 def stamp(seq: Int[Tensor, " b"]) -> Int[Tensor, "b digit"]:

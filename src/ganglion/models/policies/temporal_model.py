@@ -60,6 +60,8 @@ class TemporalModel:
                 next_step=f"train with num_past {KV_SLOTS - 1}, {2 * KV_SLOTS - 1}, ...",
             )
         self._policy, self._processor, self.spec = policy, processor, spec
+        with torch.inference_mode():
+            self._probe = policy.probe()
         self._perceiving = FlowModel(policy.flow, processor, spec)
         self._generating = FlowModel(_with_more_text(policy.flow, num_tokens), processor, spec)
         kv, *_ = self._perceiving.layouts
@@ -115,7 +117,9 @@ class TemporalModel:
         """
         context = self._context(reads["text"], reads["observation"])
         context_kv = torch.cat([context, _sequence(reads["recall"])], dim=3)
-        shares: list[list[float]] = self._policy.relevance(context_kv)[:, :-1].clamp(0, 1).tolist()
+        shares: list[list[float]] = (
+            self._policy.relevance(context_kv, self._probe)[:, :-1].clamp(0, 1).tolist()
+        )
         return shares
 
     def _remember(self, batch: StageBatch) -> Tensor:
