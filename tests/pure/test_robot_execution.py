@@ -27,7 +27,7 @@ METADATA = {
 VIEWS = {"view": np.zeros((2, 2, 3), np.uint8), "state": np.zeros(4, np.float32)}
 
 
-def execution(mode: Execution | None = None, arm=METAWORLD_ARM, **changes) -> ChunkExecution:
+def execution(mode: Execution, arm=METAWORLD_ARM, **changes) -> ChunkExecution:
     return ChunkExecution(mode, metadata=METADATA | changes, embodiment=arm, replan_ticks=3)
 
 
@@ -35,12 +35,6 @@ def outlook(**changes) -> Outlook:
     plan = np.full((9, 4), 0.5, np.float32)
     fields = {"tick": 20, "plan": plan, "delay_ticks": 4, "num_certain": 4}
     return Outlook(**{**fields, **changes})
-
-
-@pytest.mark.parametrize(("max_prefix", "default"), [(6, "prefix"), (0, "naive")])
-def test_the_default_follows_from_what_the_policy_continues(max_prefix, default):
-    assert execution(max_prefix=max_prefix).execution == default
-    assert execution(Execution.BLEND, max_prefix=max_prefix).execution is Execution.BLEND
 
 
 @pytest.mark.parametrize("mode", list(Execution))

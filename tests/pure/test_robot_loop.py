@@ -361,7 +361,12 @@ def test_prefix_says_what_runs_before_any_chunk_can_change_it():
 
 
 def test_in_real_time_the_prefix_ends_where_the_oldest_chunk_under_way_may_come():
-    stage = Stage(latency_s=0.33, max_ticks=90, queue=QueueConfig(safe_stop_s=2.0))
+    stage = Stage(
+        latency_s=0.33,
+        max_ticks=90,
+        queue=QueueConfig(safe_stop_s=2.0),
+        execution=Execution.PREFIX,
+    )
     stage.link.metadata = FLOW
     stage.run()
     for hints in stage.link.sent[15:]:
@@ -473,7 +478,7 @@ def test_a_link_that_loses_and_delays_in_lockstep_repeats_exactly(execution):
     ],
 )
 def test_what_the_policy_cannot_do_is_said_before_the_first_tick(changes, config, field):
-    stage = delayed(**{"execution": None, "delay_ticks": 1, **config})
+    stage = delayed(**{"execution": Execution.NAIVE, "delay_ticks": 1, **config})
     stage.link.metadata = FLOW | changes
     with pytest.raises(FieldError) as error:
         stage.run()
