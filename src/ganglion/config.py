@@ -73,6 +73,7 @@ class MemoryConfig:
     arena_bytes: int = 256 * MIB
     large_page_bytes: int = 1 * MIB
     defrag_step_bytes: int = 256 * KIB  # pages may move by so much before an engine step; 0 = never
+    history_whole: int = 0  # remembered observations that stay as written, the others int8; 0 = all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,6 +79,24 @@ class PolicySpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Carry:
+    """`reader` also reads the page that `stage` wrote for each of `depth` earlier observations of its session.
+
+    They arrive under `name`: [row, depth, *page shape], oldest first, pages of zeros in front of those there are. A
+    depth of 1 is a recurrent state: the newest. Otherwise what the reader attends to is kept longest.
+    """
+
+    reader: str
+    stage: str
+    depth: int
+
+    @property
+    def name(self) -> str:
+        """In `StageBatch.reads`."""
+        return f"{self.stage}@earlier"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """One kind of span of this model: reads the pages of earlier stages, writes its own.
 

@@ -17,7 +17,7 @@ from ganglion.models.base import StageBatch
 from ganglion.models.policies.flow_checkpoint import FlowCheckpoint
 from ganglion.models.policies.temporal import TemporalConfig, TemporalPolicy
 from ganglion.models.policies.temporal_checkpoint import TemporalCheckpoint
-from ganglion.models.policies.temporal_model import TemporalModel, carried
+from ganglion.models.policies.temporal_model import TemporalModel
 from ganglion.models.tiny import TINY_PROMPTS, tiny_flow
 from ganglion.types import Float32Array, Observation, RobotId, Row, SessionId, SpanKind
 
@@ -111,7 +111,7 @@ class Session:
             }
             for carry in self._model.carries:
                 if carry.reader == stage.name:
-                    reads[carried(carry.stage)] = gather_carried(
+                    reads[carry.name] = gather_carried(
                         tier.arena,
                         tier.codec,
                         carry.stage,
@@ -140,7 +140,7 @@ class Session:
 
     def _note(self, seen: Observation, reads: dict[str, Tensor]) -> None:
         kept = self.carried.earlier("memory")
-        (masses,) = self._model.relevance(reads)
+        (masses,) = self._model.relevance(reads)["memory"]
         of_kept = masses[len(masses) - len(kept) :]
         by_seq = {item.seq: mass for item, mass in zip(kept, of_kept, strict=True)}
         self.carried.note("memory", by_seq, now=seen.seq)

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 from ganglion.engine.context import PublicContext
+from ganglion.engine.memories import Memories
 from ganglion.engine.work import Piece, PieceOrder, Span, Work
 from ganglion.errors import OutOfPagesError
 from ganglion.memory.ledger import Ledger
 from ganglion.memory.orders import Moves
 from ganglion.memory.prefix import PageKey, page_keys
-from ganglion.models.base import Model
-from ganglion.spec import Stage
+from ganglion.models.base import Model, Remembering
+from ganglion.spec import Carry, Stage
 from ganglion.types import Observation, PageId, RequestId, Row, SessionId, SpanKind
 
 Starved = dict[RequestId, OutOfPagesError]
@@ -29,7 +30,9 @@ class Assembly:
         ledger: Ledger,
         works: Mapping[RequestId, Work],
         contexts: dict[SessionId, PublicContext],
+        memories: Memories,
     ) -> None:
+        self._memories = memories
         self._models, self._ledger = models, ledger
         self._works, self._contexts = works, contexts
 
@@ -154,7 +157,20 @@ class Assembly:
             ),
             writes=tuple(work.spans[order.stage.name].pages for work in works),
             bases=tuple(work.spans[order.stage.name].base for work in works),
+            carried=tuple(
+                (
+                    carry,
+                    works[0].spans[carry.stage].stage.layout,
+                    tuple(self._memories.earlier(work, carry) for work in works),
+                )
+                for carry in self._carries(order.model)
+                if carry.reader == order.stage.name
+            ),
         )
+
+    def _carries(self, model: str) -> tuple[Carry, ...]:
+        remembering = self._models[model]
+        return remembering.carries if isinstance(remembering, Remembering) else ()
 
     def _row(self, work: Work, stage: Stage, first_unit: int) -> Row:
         if stage.kind is not SpanKind.DENOISE:

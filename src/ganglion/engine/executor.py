@@ -20,8 +20,11 @@ from ganglion.engine.lane import Lanes, Task
 from ganglion.engine.work import Piece, StepPlan
 from ganglion.errors import GanglionError, InternalError
 from ganglion.memory.arena import Arena
+from ganglion.memory.carried import EncodeOrder
+from ganglion.memory.codec.carry import encode_carried, gather_carried
+from ganglion.memory.codec.int8 import Int8Codec
 from ganglion.memory.orders import Moves
-from ganglion.models.base import Attentive, Model, StageBatch
+from ganglion.models.base import Attentive, Model, Remembering, StageBatch
 from ganglion.spec import Stage
 from ganglion.types import Float32Array, Observation, PageId
 
@@ -44,6 +47,7 @@ class Executor:
         self, models: Mapping[str, Model], arena: Arena, lanes: Lanes, clock: Clock
     ) -> None:
         self._models, self._arena, self._lanes, self._clock = models, arena, lanes, clock
+        self._codec = Int8Codec()
 
     def run(self, plan: StepPlan) -> tuple[PieceResult, ...]:
         """Run every piece, wave by wave; results in the order of `plan.pieces`."""
@@ -89,6 +93,21 @@ class Executor:
             }
             return model.attended(observation, reads, actions)
 
+    def relevance(
+        self, model: Remembering, pages: Mapping[Stage, Sequence[PageId]]
+    ) -> Mapping[str, list[float]]:
+        """Stage -> the share of attention that each carried page received, of one observation."""
+        with torch.inference_mode():
+            reads = {
+                stage.name: self._arena.gather(stage.layout, [ids]) for stage, ids in pages.items()
+            }
+            return {stage: rows[0] for stage, rows in model.relevance(reads).items()}
+
+    def encode(self, orders: Sequence[EncodeOrder]) -> None:
+        """Encode carried pages, before anything else reads or writes pages."""
+        with torch.inference_mode():
+            encode_carried(self._arena, self._codec, orders)
+
     def _run_into(self, results: dict[int, PieceResult], at: int, piece: Piece) -> None:
         start_s = self._clock.now_s()
         failed: dict[int, GanglionError] = {}
@@ -119,6 +138,10 @@ class Executor:
             stage.name: self._arena.gather(stage.layout, [pages[row] for row in rows])
             for stage, pages in piece.reads
         }
+        for carry, layout, kept in piece.carried:
+            reads[carry.name] = gather_carried(
+                self._arena, self._codec, layout, [kept[row] for row in rows], depth=carry.depth
+            )
         batch = StageBatch(
             rows=tuple(piece.rows[row] for row in rows),
             reads=reads,

@@ -15,6 +15,7 @@ from ganglion.clock import Clock
 from ganglion.engine.assembly import Assembly
 from ganglion.engine.context import PublicContext, ticks_between
 from ganglion.engine.executor import Executor, PieceResult
+from ganglion.engine.memories import Memories, MemoryPolicy
 from ganglion.engine.outlook import Outlook, outlooks
 from ganglion.engine.record import step_record
 from ganglion.engine.scheduler import Scheduler
@@ -23,7 +24,7 @@ from ganglion.errors import CancelledError, GanglionError, InternalError
 from ganglion.memory.ledger import Ledger
 from ganglion.memory.orders import Moves
 from ganglion.memory.table import PageTable
-from ganglion.models.base import Attentive, Model
+from ganglion.models.base import Attentive, Model, Remembering
 from ganglion.plan.cost import CostModel
 from ganglion.types import (
     Float32Array,
@@ -67,7 +68,9 @@ class Engine:
         num_spare_large_pages: int = 1,
         is_context_public: bool = True,
         warm_start_share: float = 0.0,
+        memory_policy: MemoryPolicy | None = None,
     ) -> None:
+        self._memories = Memories(ledger, memory_policy or MemoryPolicy())
         self._models, self._ledger = models, ledger
         self._scheduler, self._executor, self._cost = scheduler, executor, cost
         self._clock, self._step_budget_us = clock, step_budget_us
@@ -76,7 +79,7 @@ class Engine:
         ledger.attach(self)
         self._works: dict[RequestId, Work] = {}
         self._contexts: dict[SessionId, PublicContext] = {}
-        self._assembly = Assembly(models, ledger, self._works, self._contexts)
+        self._assembly = Assembly(models, ledger, self._works, self._contexts, self._memories)
         self._finished: list[Finished] = []
         self._num_steps = 0
         self.records: deque[StepRecord] = deque(maxlen=num_step_records)
@@ -196,6 +199,7 @@ class Engine:
         context = self._contexts.pop(session_id, None)
         if context is not None:
             context.close()
+        self._memories.close(session_id)
 
     def step(self) -> StepRecord | None:
         """Advance the most urgent work by one budget; None when there is nothing to do."""
@@ -347,6 +351,7 @@ class Engine:
             for span in spans:
                 self._ledger.release(span.stage.layout, span.pages)
         else:
+            self._remember(work)
             context.publish(
                 work.observation,
                 {
@@ -357,6 +362,16 @@ class Engine:
                 },
             )
         work.percept = context.acquire()
+
+    def _remember(self, work: Work) -> None:
+        """What its session carries on; before the context takes the pages over."""
+        model = self._models[work.model]
+        if not isinstance(model, Remembering):
+            return
+        read = [work.spans[name] for name in work.last_span.stage.reads]
+        masses = self._executor.relevance(model, {span.stage: span.pages for span in read})
+        stages = {name: span.stage for name, span in work.spans.items()}
+        self._executor.encode(self._memories.keep(work, model.carries, stages, masses))
 
     def _emit(self, works: Sequence[Work]) -> None:
         by_model: dict[str, list[Work]] = {}

@@ -7,8 +7,9 @@ frozen. Knows nothing of tensors.
 from dataclasses import dataclass, field
 
 from ganglion.engine.context import Percept
+from ganglion.memory.carried import Kept
 from ganglion.memory.prefix import PageKey
-from ganglion.spec import Stage
+from ganglion.spec import Carry, Stage
 from ganglion.types import Observation, PageId, RequestId, Row
 
 
@@ -57,6 +58,9 @@ class Work:
     percept: Percept | None = None  # the version of its session's public context that it reads
     shift: int = 0  # control ticks that the percept moved on since its chunk was last touched
     num_flow_steps: int = 0  # that were run for it; fewer than its cursor after a warm start
+    recalled: dict[str, tuple[Kept, ...]] = field(
+        default_factory=dict
+    )  # stage -> carried pages that it read
 
     @property
     def context_version(self) -> int:
@@ -125,6 +129,8 @@ class Piece:
     reads: tuple[tuple[Stage, tuple[tuple[PageId, ...], ...]], ...]  # stage read -> pages per row
     writes: tuple[tuple[PageId, ...], ...]  # pages per row
     bases: tuple[tuple[PageId, ...], ...]  # pages per row, () where it renews nothing
+    # what is carried, its layout, the pages per row
+    carried: tuple[tuple[Carry, str, tuple[tuple[Kept, ...], ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ganglion.layout import PageLayout
-from ganglion.spec import PolicySpec, Stage
+from ganglion.spec import Carry, PolicySpec, Stage
 from ganglion.types import Float32Array, Observation, Row
 
 
@@ -33,6 +33,23 @@ class StageBatch:
     def observations(self) -> tuple[Observation, ...]:
         """What each row has seen."""
         return tuple(row.observation for row in self.rows)
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A model whose stages read what earlier observations of the session wrote."""
+
+    @property
+    def carries(self) -> tuple[Carry, ...]:
+        """Which stage reads what, and how far back."""
+        ...
+
+    def relevance(self, reads: Mapping[str, Tensor]) -> Mapping[str, list[list[float]]]:
+        """Stage -> of each row: the share of attention (0 to 1) that each of its carried pages received, oldest first.
+
+        `reads`: stage name -> [row, page, *page shape] of what the last stage reads.
+        """
+        ...
 
 
 @runtime_checkable

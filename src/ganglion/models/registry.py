@@ -6,6 +6,7 @@ Called by the CLI. A literal table, so that a search finds every family.
 import importlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from ganglion.models.base import Model
 LOADERS = {
     "ganglion_flow": "ganglion.models.registry:load_flow",
     "ganglion_flow_grown": "ganglion.models.registry:load_flow",
+    "ganglion_temporal": "ganglion.models.registry:load_temporal",
 }
-SHIPPED = ("metaworld-ten", "metaworld-ten-large")
+SHIPPED = ("metaworld-ten", "metaworld-ten-large", "metaworld-hidden")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -60,6 +62,22 @@ def load_flow(folder: Path, dtype: torch.dtype, num_flow_steps: int | None) -> M
         checkpoint = with_flow_steps(checkpoint, num_flow_steps)
     pack(checkpoint.policy)
     return FlowModel(checkpoint.policy, checkpoint.processor, checkpoint.spec)
+
+
+def load_temporal(folder: Path, dtype: torch.dtype, num_flow_steps: int | None) -> Model:
+    """The "ganglion_temporal" type: a memory, and the "ganglion_flow" that it was trained for."""
+    from ganglion.models.packing import pack
+    from ganglion.models.policies.temporal_checkpoint import load_temporal_checkpoint
+    from ganglion.models.policies.temporal_model import TemporalModel
+
+    checkpoint = load_temporal_checkpoint(folder, dtype=dtype)
+    spec = checkpoint.spec
+    if num_flow_steps is not None:
+        if not 1 <= num_flow_steps <= 10:
+            raise FieldError("num_flow_steps", expected="1..10", got=str(num_flow_steps))
+        spec = replace(spec, num_flow_steps=num_flow_steps, late_context_steps=num_flow_steps)
+    pack(checkpoint.policy)
+    return TemporalModel(checkpoint.policy, checkpoint.processor, spec)
 
 
 def policy_folder(name_or_path: str) -> Path:

@@ -17,6 +17,7 @@ from ganglion.config import EngineConfig, MemoryConfig, PipelineConfig
 from ganglion.engine.executor import Executor
 from ganglion.engine.lane import Lanes
 from ganglion.engine.loop import EngineLoop
+from ganglion.engine.memories import MemoryPolicy
 from ganglion.engine.scheduler import DeadlineScheduler
 from ganglion.engine.step import Engine
 from ganglion.errors import (
@@ -29,9 +30,10 @@ from ganglion.errors import (
 )
 from ganglion.layout import PoolLayout
 from ganglion.memory.arena import Arena
+from ganglion.memory.codec.int8 import Int8Codec
 from ganglion.memory.ledger import Ledger
 from ganglion.metrics import Metrics
-from ganglion.models.base import Model
+from ganglion.models.base import Model, Remembering
 from ganglion.pipeline.admission import Admission
 from ganglion.pipeline.dispatch import Cancel, Dispatcher, Message, Refresh
 from ganglion.pipeline.gate import gate_config
@@ -79,7 +81,13 @@ class LocalService:
         self._clock = clock or RealClock()
         self._lanes = Lanes(engine.lanes or ((),))
         name = model.spec.name
-        layout = PoolLayout(large_page_bytes=memory.large_page_bytes, layouts=model.layouts)
+        layouts = model.layouts
+        if memory.history_whole and isinstance(model, Remembering):
+            carried = {carry.stage for carry in model.carries if carry.depth > memory.history_whole}
+            names = {stage.layout for stage in model.stages if stage.name in carried}
+            encoded = [Int8Codec().encoded(layout) for layout in layouts if layout.name in names]
+            layouts = (*layouts, *encoded)
+        layout = PoolLayout(large_page_bytes=memory.large_page_bytes, layouts=layouts)
         num_large_pages = memory.arena_bytes // memory.large_page_bytes
         cost = MeasuredCost()
         self._engine = Engine(
@@ -96,6 +104,7 @@ class LocalService:
             defrag_budget_bytes=memory.defrag_step_bytes,
             is_context_public=pipeline.context == "public",
             warm_start_share=pipeline.warm_start,
+            memory_policy=MemoryPolicy(num_whole=memory.history_whole or None),
         )
         tuner = Tuner(pipeline, cost, model=name, stages=model.stages, num_lanes=len(self._lanes))
         admission = Admission(

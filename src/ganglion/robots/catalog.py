@@ -57,6 +57,10 @@ def check_world(name: str) -> None:
         from ganglion.robots.moving import movers_of
 
         movers_of(task)
+    elif world_name == "metaworld-hidden":
+        from ganglion.robots.hidden import check_hideable
+
+        check_hideable(task)
     elif task:
         raise FieldError("world", expected=f"{world_name} without a task", got=repr(name))
 
@@ -118,6 +122,22 @@ def _open_moving(name: str, task: str, views: Mapping[str, Sequence[int]]) -> Ar
     )
 
 
+def _open_hidden(name: str, task: str, views: Mapping[str, Sequence[int]]) -> Arm:
+    from ganglion.robots.hidden import HiddenGoal
+    from ganglion.robots.metaworld import VIEW_KEYS, VIEW_PX
+
+    world = HiddenGoal(task=task, view_px=_wanted_px(views, VIEW_KEYS, VIEW_PX))
+    return Arm(
+        name=name,
+        world_name="metaworld-hidden",
+        task=task,
+        world=world,
+        embodiment=METAWORLD_ARM,
+        measure=None,
+        view=world.browser_view,
+    )
+
+
 def _open_pusht(name: str, task: str, views: Mapping[str, Sequence[int]]) -> Arm:
     from ganglion.robots.pusht import VIEW_KEY, VIEW_PX, PushT
 
@@ -137,5 +157,6 @@ WORLDS: dict[str, Callable[[str, str, Mapping[str, Sequence[int]]], Arm]] = {
     "metaworld": _open_metaworld,
     "metaworld-moving": _open_moving,
     "metaworld-jumping": _open_moving,
+    "metaworld-hidden": _open_hidden,
     "pusht": _open_pusht,
 }

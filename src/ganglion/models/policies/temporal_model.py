@@ -8,14 +8,14 @@
 | recall | text, observation, recurrent | memory: the T that were kept, oldest first | KV of the memory tokens |
 | denoise | text, observation, recall, its own latent | | the latent x_tau |
 
-Carried pages arrive under `carried(stage)`; a page of zeros stands for one that is not there (yet, or any more), so a
+Carried pages arrive under `Carry.name`; a page of zeros stands for one that is not there (yet, or any more), so a
 session's first observation, a reset and a dropped page need no case of their own. Pages of the history that were
 encoded arrive decoded: which they are is the affair of whoever keeps them (`memory.retention.history`).
 """
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -29,22 +29,8 @@ from ganglion.models.policies.flow import FlowPolicy
 from ganglion.models.policies.flow_model import KV_SLOTS, FlowModel
 from ganglion.models.policies.temporal import TemporalPolicy, memory_page_shape
 from ganglion.models.policies.transforms import Processor
-from ganglion.spec import PolicySpec, Stage
+from ganglion.spec import Carry, PolicySpec, Stage
 from ganglion.types import Float32Array, Observation, SpanKind
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Carry:
-    """`reader` is also given the pages that `stage` wrote for the session's last `depth` observations that were kept."""
-
-    reader: str
-    stage: str
-    depth: int
-
-
-def carried(stage: str) -> str:
-    """The name under which `StageBatch.reads` holds carried pages of `stage`: [row, depth, *page shape]."""
-    return f"{stage}@earlier"
 
 
 class TemporalModel:
@@ -85,10 +71,9 @@ class TemporalModel:
             _stage("recall", kv, num_tokens, num_tokens, ("text", "observation", "recurrent")),
             replace(denoise, reads=("text", "observation", "recall")),
         )
-        self.carries = (
-            Carry(reader="recurrent", stage="recurrent", depth=1),
-            Carry(reader="recall", stage="memory", depth=config.num_past),
-        )
+        self._newest = Carry(reader="recurrent", stage="recurrent", depth=1)
+        self._history = Carry(reader="recall", stage="memory", depth=config.num_past)
+        self.carries = (self._newest, self._history)
 
     def key(self, stage: Stage, observation: Observation) -> bytes:
         return self._perceiving.key(stage, observation)
@@ -109,8 +94,8 @@ class TemporalModel:
     def emit(self, pages: Tensor, observations: tuple[Observation, ...]) -> Float32Array:
         return self._perceiving.emit(pages, observations)
 
-    def relevance(self, reads: Mapping[str, Tensor]) -> list[list[float]]:
-        """Of each row: the shares of the expert's attention that its carried memory pages receive, oldest first.
+    def relevance(self, reads: Mapping[str, Tensor]) -> dict[str, list[list[float]]]:
+        """Stage memory -> of each row: the shares of the expert's attention that its carried memory pages receive, oldest first.
 
         `reads`: pages of text, observation and recall, of one observation a row. Places without a page receive what
         their stand-in receives; a history is told of its own pages only (`memory.carried.CarriedPages.note`).
@@ -120,7 +105,7 @@ class TemporalModel:
         shares: list[list[float]] = (
             self._policy.relevance(context_kv, self._probe)[:, :-1].clamp(0, 1).tolist()
         )
-        return shares
+        return {"memory": shares}
 
     def _remember(self, batch: StageBatch) -> Tensor:
         observation_kv = self._observation(batch.reads["observation"])
@@ -128,12 +113,12 @@ class TemporalModel:
         return self._policy.remember(observation_kv, state, _seqs(batch))[:, None]
 
     def _advance(self, batch: StageBatch) -> Tensor:
-        earlier = batch.reads[carried("recurrent")][:, 0]
+        earlier = batch.reads[self._newest.name][:, 0]
         return self._policy.advance(earlier, batch.reads["memory"][:, 0])[:, None]
 
     def _recall(self, batch: StageBatch) -> Tensor:
         context_kv = self._context(batch.reads["text"], batch.reads["observation"])
-        past, hidden = batch.reads[carried("memory")], batch.reads["recurrent"][:, 0]
+        past, hidden = batch.reads[self._history.name], batch.reads["recurrent"][:, 0]
         memory_kv = self._policy.recall(past, hidden, _seqs(batch), context_kv)
         by_token = memory_kv.permute(0, 3, 1, 2, 4, 5)
         return by_token.reshape(len(by_token), -1, KV_SLOTS, *by_token.shape[2:])
