@@ -96,7 +96,7 @@ def test_the_registry_loads_by_type_and_counts_flow_steps(folder: Path) -> None:
     [
         (
             lambda c: c.update(type="act"),
-            "type: expected one of ganglion_flow, ganglion_flow_grown, got 'act'",
+            "type: expected one of ganglion_flow, ganglion_flow_grown, ganglion_temporal, got 'act'",
         ),
         (lambda c: c.pop("horizon"), "horizon: expected a value"),
         (lambda c: c.update(horizon=-1), "horizon: expected a positive whole number, got -1"),
