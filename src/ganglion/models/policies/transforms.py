@@ -67,9 +67,7 @@ class Processor:
         """Normalised state."""
         return self._state.normalised(torch.from_numpy(state))
 
-    def prefix(
-        self, actions: Float32[np.ndarray, "b prefix dim"]
-    ) -> Float32[Tensor, "b prefix dim"]:
+    def prefix(self, actions: Float32[np.ndarray, "*b dim"]) -> Float32[Tensor, "*b dim"]:
         """Committed actions in the network's units."""
         return self._action.normalised(torch.from_numpy(actions))
 
