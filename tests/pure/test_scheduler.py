@@ -207,3 +207,19 @@ def test_a_request_of_fewer_flow_steps_shares_pieces_and_ends_early() -> None:
     )
     orders = scheduler().plan([work(1, 5, (1, 1, 1, 0)), short], 10_000)
     assert [(o.rows, o.num_units) for o in orders] == [((1, 2), 2), ((1,), 3)]
+
+
+def test_a_robots_newer_observation_goes_before_its_older_chunks_but_not_before_others() -> None:
+    """Perception that joins a pipeline is first; another robot's only where it is more urgent."""
+    done = tuple(stage.num_units for stage in STAGES[:-1])
+    older = WorkView(request_id=RequestId(1), model="m", deadline_us=10, cursors=(*done, 2))
+    for is_joining, first in ((True, SpanKind.ENCODE), (False, SpanKind.DENOISE)):
+        newer = WorkView(
+            request_id=RequestId(2),
+            model="m",
+            deadline_us=20,
+            cursors=(0,) * len(STAGES),
+            is_joining=is_joining,
+        )
+        orders = scheduler().plan([older, newer], 1_000_000)
+        assert orders[0].stage.kind is first

@@ -16,6 +16,9 @@ from ganglion.spec import Stage
 from ganglion.types import RequestId, SpanKind
 
 
+WIDE_ROWS = 8  # requests under way: from here on throughput goes before the latency of one
+
+
 @runtime_checkable
 class Scheduler(Protocol):
     """Turns waiting work into the pieces of one step."""
@@ -94,9 +97,10 @@ class DeadlineScheduler:
     ) -> list[PieceOrder]:
         placed: list[PieceOrder] = []
         lane_us = [0] * self._num_lanes
-        for (model, at), rows in self._ready(ordered, progress).items():
+        groups, is_joined = self._ready(ordered, progress)
+        for (model, at), rows in groups.items():
             stage = self._stages[model][at]
-            if placed and stage.kind is SpanKind.DENOISE and all(lane_us):
+            if is_joined and stage.kind is SpanKind.DENOISE and all(lane_us):
                 break  # the next wave's batch has the rows too whose perception is placed here
             left_us, num_open = budget_us - min(lane_us), lane_us.count(min(lane_us))
             is_forced = is_first and not placed
@@ -112,12 +116,15 @@ class DeadlineScheduler:
 
     def _ready(
         self, ordered: Sequence[WorkView], progress: Mapping[RequestId, _Progress]
-    ) -> dict[tuple[str, int], list[RequestId]]:
+    ) -> tuple[dict[tuple[str, int], list[RequestId]], bool]:
         """Rows by stage, both in deadline order: a stage stands where its most urgent row stands.
 
-        Perception goes before generation, whose batch its rows then join.
+        The second result: perception goes before generation, whose batch its rows then join. So it is where a robot's
+        newer observation joins its chunks under way, which shall see it, and where so much waits that only wide
+        batches keep up. Else robots do not wait for each other's perception.
         """
         groups: dict[tuple[str, int], list[RequestId]] = {}
+        is_joined = len(ordered) >= WIDE_ROWS
         for work in ordered:
             stages, index = self._stages[work.model], self._index[work.model]
             row = progress[work.request_id]
@@ -125,12 +132,13 @@ class DeadlineScheduler:
                 is_open = not row.is_done(at)
                 if is_open and all(row.is_done(index[name]) for name in stage.reads):
                     groups.setdefault((work.model, at), []).append(work.request_id)
-        return dict(
-            sorted(
-                groups.items(),
-                key=lambda item: self._stages[item[0][0]][item[0][1]].kind is SpanKind.DENOISE,
+                    is_joined |= work.is_joining and stage.kind is not SpanKind.DENOISE
+        if is_joined:
+            last = sorted(
+                groups, key=lambda at: self._stages[at[0]][at[1]].kind is SpanKind.DENOISE
             )
-        )
+            groups = {at: groups[at] for at in last}
+        return groups, is_joined
 
     def _fit(
         self,

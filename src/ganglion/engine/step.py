@@ -19,7 +19,7 @@ from ganglion.engine.memories import Memories, MemoryPolicy
 from ganglion.engine.outlook import Outlook, outlooks
 from ganglion.engine.record import step_record
 from ganglion.engine.scheduler import Scheduler
-from ganglion.engine.work import PieceOrder, StepPlan, Work, WorkView
+from ganglion.engine.work import PieceOrder, StepPlan, Work, work_views
 from ganglion.errors import CancelledError, GanglionError, InternalError
 from ganglion.memory.ledger import Ledger
 from ganglion.memory.orders import Moves
@@ -230,17 +230,7 @@ class Engine:
         for work in self._works.values():
             if work.percept is not None:
                 self._look_again(work)
-        view = [
-            WorkView(
-                request_id=work.request_id,
-                model=work.model,
-                deadline_us=work.deadline_us,
-                cursors=tuple(span.cursor for span in work.spans.values()),
-                num_units=tuple(span.num_units for span in work.spans.values()),
-                wait_ratio=work.wait_ratio,
-            )
-            for work in self._works.values()
-        ]
+        view = work_views(self._works.values())
         orders = self._scheduler.plan(view, self._step_budget_us)
         pieces, starved = self._assembly.pieces(orders)
         if starved and not pieces:  # nothing would ever free a page: the least urgent gives way

@@ -4,13 +4,14 @@ Owned by the engine on the loop's thread. `Span` and `Work` change there only; v
 frozen. Knows nothing of tensors.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ganglion.engine.context import Percept
 from ganglion.memory.carried import Kept
 from ganglion.memory.prefix import PageKey
 from ganglion.spec import Carry, Stage
-from ganglion.types import Observation, PageId, RequestId, Row
+from ganglion.types import Observation, PageId, RequestId, Row, SessionId
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,6 +105,30 @@ class WorkView:
     cursors: tuple[int, ...]  # in the model's stage order
     num_units: tuple[int, ...] | None = None  # where each cursor ends; None: where its stage does
     wait_ratio: float = 0.0
+    is_joining: bool = (
+        False  # older chunks of its robot are under way: what it perceives is theirs too
+    )
+
+
+def work_views(works: Iterable[Work]) -> list[WorkView]:
+    """What the scheduler sees of them, oldest first."""
+    views: list[WorkView] = []
+    sessions: set[SessionId] = set()
+    for work in works:
+        session_id = work.observation.session_id
+        views.append(
+            WorkView(
+                request_id=work.request_id,
+                model=work.model,
+                deadline_us=work.deadline_us,
+                cursors=tuple(span.cursor for span in work.spans.values()),
+                num_units=tuple(span.num_units for span in work.spans.values()),
+                wait_ratio=work.wait_ratio,
+                is_joining=session_id in sessions,
+            )
+        )
+        sessions.add(session_id)
+    return views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
