@@ -15,7 +15,6 @@ from ganglion.plan.cost import CostModel
 from ganglion.spec import Stage
 from ganglion.types import RequestId, SpanKind
 
-
 WIDE_ROWS = 8  # requests under way: from here on throughput goes before the latency of one
 
 
