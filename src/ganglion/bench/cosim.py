@@ -27,7 +27,7 @@ from ganglion.models.base import Model
 from ganglion.pipeline.dispatch import Dispatcher
 from ganglion.pipeline.session import Submission
 from ganglion.pipeline.tune import Tuner
-from ganglion.plan.cost import MeasuredCost
+from ganglion.plan.cost import MeasuredCost, interpolate
 from ganglion.robots.catalog import Arm
 from ganglion.robots.queue import ActionQueue, Chunk, QueueConfig
 from ganglion.service import Outcome
@@ -55,13 +55,7 @@ class CostTable:
 
     def piece_us(self, stage: str, *, num_rows: int, num_units: int) -> float:
         """Between measured row counts linear, beyond them in proportion."""
-        table = self.unit_us[stage]
-        below = max((rows for rows in table if rows <= num_rows), default=min(table))
-        above = min((rows for rows in table if rows >= num_rows), default=below)
-        if above == below:
-            return table[below] * max(1.0, num_rows / below) * num_units
-        share = (num_rows - below) / (above - below)
-        return (table[below] + share * (table[above] - table[below])) * num_units
+        return interpolate(self.unit_us[stage], num_rows) * num_units
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

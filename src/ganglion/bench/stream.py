@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ganglion.bench.baselines.bare import BareModel
+from ganglion.bench.baselines.lerobot import THRESHOLD
 from ganglion.clock import RealClock
 from ganglion.errors import GanglionError
 from ganglion.models.base import Model
@@ -29,7 +30,6 @@ from ganglion.service import Outcome
 from ganglion.types import ActionChunk, Execution, Observation, RobotId, SessionId
 
 NUM_FRAMES = 64
-LEROBOT_THRESHOLD = 0.5  # of a chunk left: then the robot sends (chunk_size_threshold)
 LEROBOT_PERIOD_S = 1 / 30  # its server answers no faster (inference_latency)
 
 
@@ -176,7 +176,7 @@ def lerobot(bare: BareModel, frames: Frames, *, run_s: float, num_threads: int) 
     horizon_s = bare.spec.horizon / frames.rate_hz
 
     def next_s(decision: Decision) -> float:
-        used_up_s = decision.obs_s + (1 - LEROBOT_THRESHOLD) * horizon_s
+        used_up_s = decision.obs_s + (1 - THRESHOLD) * horizon_s
         return max(used_up_s, decision.done_s)
 
     return _loop(bare, frames, run_s=run_s, num_loops=1, next_s=next_s, least_s=LEROBOT_PERIOD_S)

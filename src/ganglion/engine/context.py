@@ -113,7 +113,7 @@ class PublicContext:
         known = [part for part in (prefix, rest) if part is not None and len(part)]
         if not known:
             return None
-        actions = np.concatenate(known)
+        actions = known[0] if len(known) == 1 else np.concatenate(known)
         num_committed = min(_num_ticks_left(own, seen), len(actions), max_prefix)
         return Plan(actions=actions, num_committed=num_committed)
 

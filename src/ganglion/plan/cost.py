@@ -5,6 +5,7 @@ in between. So the scheduler's budget is in the machine's own time, whatever the
 latency tables of Clockwork, OSDI 2020).
 """
 
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 
@@ -34,7 +35,7 @@ class MeasuredCost:
         table = self._unit_us.get((model, stage))
         if not table:
             return round(self._prior_us * num_rows * num_units)
-        return round(_interpolate(table, num_rows) * num_units)
+        return round(interpolate(table, num_rows) * num_units)
 
     def observe(
         self, model: str, stage: str, *, num_rows: int, num_units: int, run_us: float
@@ -46,7 +47,7 @@ class MeasuredCost:
         table[bucket] = unit_us if known is None else known + self._smoothing * (unit_us - known)
 
 
-def _interpolate(table: dict[int, float], num_rows: int) -> float:
+def interpolate(table: Mapping[int, float], num_rows: int) -> float:
     """Unit cost at `num_rows`: linear between measured row counts, proportional beyond them."""
     below = max((rows for rows in table if rows <= num_rows), default=None)
     above = min((rows for rows in table if rows >= num_rows), default=None)

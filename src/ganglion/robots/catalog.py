@@ -5,11 +5,16 @@ Called by `robots.runner` and by whoever checks a name. Simulators are imported 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ganglion.errors import FieldError
 from ganglion.robots.queue import ActionKind, Embodiment, StateMotion
 from ganglion.robots.world import World
 from ganglion.types import Float32Array, UInt8Array
+
+if TYPE_CHECKING:
+    from ganglion.robots.metaworld import MetaWorld
+    from ganglion.robots.wrapped import WrappedMetaWorld
 
 METAWORLD_ARM = Embodiment(
     kind=ActionKind.DELTA,
@@ -87,49 +92,37 @@ def _wanted_px(views: Mapping[str, Sequence[int]], keys: Sequence[str], own_px: 
 
 
 def _open_metaworld(name: str, task: str, views: Mapping[str, Sequence[int]]) -> Arm:
-    from ganglion.robots.metaworld import VIEW_KEYS, VIEW_PX, MetaWorld
+    from ganglion.robots.metaworld import MetaWorld
 
-    world = MetaWorld(task=task, view_px=_wanted_px(views, VIEW_KEYS, VIEW_PX))
-    return Arm(
-        name=name,
-        world_name="metaworld",
-        task=task,
-        world=world,
-        embodiment=METAWORLD_ARM,
-        measure=None,
-        view=world.browser_view,
-    )
+    return _sawyer(name, task, MetaWorld(task=task, view_px=_metaworld_px(views)))
 
 
 def _open_moving(name: str, task: str, views: Mapping[str, Sequence[int]]) -> Arm:
-    from ganglion.robots.metaworld import VIEW_KEYS, VIEW_PX
     from ganglion.robots.moving import Motion, MovingMetaWorld
 
-    world_name, _, _ = name.partition(":")
-    world = MovingMetaWorld(
-        task=task,
-        motion=Motion(MOVING_WORLDS[world_name]),
-        view_px=_wanted_px(views, VIEW_KEYS, VIEW_PX),
-    )
-    return Arm(
-        name=name,
-        world_name=world_name,
-        task=task,
-        world=world,
-        embodiment=METAWORLD_ARM,
-        measure=None,
-        view=world.browser_view,
+    motion = Motion(MOVING_WORLDS[name.partition(":")[0]])
+    return _sawyer(
+        name, task, MovingMetaWorld(task=task, motion=motion, view_px=_metaworld_px(views))
     )
 
 
 def _open_hidden(name: str, task: str, views: Mapping[str, Sequence[int]]) -> Arm:
     from ganglion.robots.hidden import HiddenGoal
+
+    return _sawyer(name, task, HiddenGoal(task=task, view_px=_metaworld_px(views)))
+
+
+def _metaworld_px(views: Mapping[str, Sequence[int]]) -> int:
     from ganglion.robots.metaworld import VIEW_KEYS, VIEW_PX
 
-    world = HiddenGoal(task=task, view_px=_wanted_px(views, VIEW_KEYS, VIEW_PX))
+    return _wanted_px(views, VIEW_KEYS, VIEW_PX)
+
+
+def _sawyer(name: str, task: str, world: "MetaWorld | WrappedMetaWorld") -> Arm:
+    """Meta-World's arm, whatever the world around it does."""
     return Arm(
         name=name,
-        world_name="metaworld-hidden",
+        world_name=name.partition(":")[0],
         task=task,
         world=world,
         embodiment=METAWORLD_ARM,

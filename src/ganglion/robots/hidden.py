@@ -12,7 +12,8 @@ import numpy.typing as npt
 from ganglion.errors import FieldError
 from ganglion.robots.metaworld import VIEW_PX, MetaWorld, task_named, task_seed
 from ganglion.robots.world import Views
-from ganglion.types import Float32Array, UInt8Array
+from ganglion.robots.wrapped import WrappedMetaWorld
+from ganglion.types import UInt8Array
 
 # Elsewhere the goal is part of the scene (a button, a handle, a door's lock) and cannot be hidden.
 HIDDEN_TASKS = ("push", "pick-place")
@@ -26,23 +27,18 @@ def check_hideable(task: str) -> None:
         raise FieldError("task", expected=f"one of {', '.join(HIDDEN_TASKS)}", got=repr(task))
 
 
-class HiddenGoal:
+class HiddenGoal(WrappedMetaWorld):
     """One Sawyer arm that is shown its goal, and then must remember it."""
 
     def __init__(self, *, task: str, view_px: int = VIEW_PX) -> None:
         """Raises FieldError for a task whose goal is part of the scene."""
         check_hideable(task)
-        self._inner = MetaWorld(task=task, view_px=view_px)
+        super().__init__(MetaWorld(task=task, view_px=view_px))
         model: Any = self._inner.env.model
         names = [model.site(site_id).name for site_id in range(model.nsite)]
         self._site_id = names.index("goal")
         self._rgba: npt.NDArray[np.float32] = model.site_rgba[self._site_id].copy()
         self._num_visible_ticks = VISIBLE_TICKS[0]
-
-    @property
-    def inner(self) -> MetaWorld:
-        """The world behind: for scripted experts, which know the goal. Its own views ignore the hiding."""
-        return self._inner
 
     @property
     def num_visible_ticks(self) -> int:
@@ -54,46 +50,19 @@ class HiddenGoal:
         """Whether a picture taken now shows the marker."""
         return self._inner.num_ticks < self._num_visible_ticks
 
-    @property
-    def task_name(self) -> str:
-        """Key of the task in TASKS."""
-        return self._inner.task_name
-
-    @property
-    def prompt(self) -> str:
-        return self._inner.prompt
-
-    @property
-    def rate_hz(self) -> float:
-        return self._inner.rate_hz
-
-    @property
-    def success(self) -> bool:
-        return self._inner.success
-
-    @property
-    def num_ticks(self) -> int:
-        return self._inner.num_ticks
-
     def reset(self, seed: int) -> None:
         rng = task_seed(f"look at {self.task_name}", seed)
         self._num_visible_ticks = int(rng.integers(VISIBLE_TICKS[0], VISIBLE_TICKS[1] + 1))
-        self._inner.reset(seed)
+        super().reset(seed)
 
     def observe(self) -> Views:
         self._mark()
-        return self._inner.observe()
-
-    def apply(self, action: Float32Array) -> None:
-        self._inner.apply(action)
+        return super().observe()
 
     def browser_view(self, view_px: int = 224) -> UInt8Array:
         """The policy's corner camera, larger: people are not shown more than the robot."""
         self._mark()
-        return self._inner.browser_view(view_px)
-
-    def close(self) -> None:
-        self._inner.close()
+        return super().browser_view(view_px)
 
     def _mark(self) -> None:
         # when a picture is taken, not when a tick passes: a restored snapshot may go back in time

@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from ganglion.errors import FieldError
 from ganglion.robots.metaworld import RATE_HZ, VIEW_PX, MetaWorld, task_seed
-from ganglion.robots.world import Views
-from ganglion.types import Float32Array, UInt8Array
+from ganglion.robots.wrapped import WrappedMetaWorld
+from ganglion.types import Float32Array
 
 FIRST_JUMP_TICKS = (8, 30)
 JUMP_TICKS = (40, 80)  # from one jump to the next
@@ -147,46 +147,20 @@ class Jumps:
                 return away
 
 
-class MovingMetaWorld:
+class MovingMetaWorld(WrappedMetaWorld):
     """A MetaWorld with `movers_of(task)` in motion; the same views, state, actions and rate."""
 
     def __init__(self, *, task: str, motion: Motion = Motion.DRIFT, view_px: int = VIEW_PX) -> None:
         self._movers = movers_of(task)
         self._motion = motion
-        self._inner = MetaWorld(task=task, view_px=view_px)
+        super().__init__(MetaWorld(task=task, view_px=view_px))
         self._scene = _Scene(self._inner.env, self._inner.mujoco)
         self._paths: list[Drift | Jumps] = []
         self._last_jump_tick: int | None = None
 
     @property
-    def inner(self) -> MetaWorld:
-        """The wrapped world, for scripted experts."""
-        return self._inner
-
-    @property
     def motion(self) -> Motion:
         return self._motion
-
-    @property
-    def task_name(self) -> str:
-        """Key of the task in TASKS."""
-        return self._inner.task_name
-
-    @property
-    def prompt(self) -> str:
-        return self._inner.prompt
-
-    @property
-    def rate_hz(self) -> float:
-        return self._inner.rate_hz
-
-    @property
-    def success(self) -> bool:
-        return self._inner.success
-
-    @property
-    def num_ticks(self) -> int:
-        return self._inner.num_ticks
 
     @property
     def last_jump_tick(self) -> int | None:
@@ -199,7 +173,7 @@ class MovingMetaWorld:
         return tuple(self._scene.place(mover) for mover in self._movers)
 
     def reset(self, seed: int) -> None:
-        self._inner.reset(seed)
+        super().reset(seed)
         self._last_jump_tick = None
         self._paths = []
         for index, mover in enumerate(self._movers):
@@ -212,9 +186,6 @@ class MovingMetaWorld:
                 else Jumps(low, high, start, rng)
             )
 
-    def observe(self) -> Views:
-        return self._inner.observe()
-
     def apply(self, action: Float32Array) -> None:
         tick = self._inner.num_ticks + 1  # of the observation that shows the motion
         for mover, path in zip(self._movers, self._paths, strict=True):
@@ -223,13 +194,7 @@ class MovingMetaWorld:
             elif tick >= path.due_tick and self._scene.jump(mover, path.place):
                 path.done(tick)
                 self._last_jump_tick = tick
-        self._inner.apply(action)
-
-    def browser_view(self, view_px: int = 224) -> UInt8Array:
-        return self._inner.browser_view(view_px)
-
-    def close(self) -> None:
-        self._inner.close()
+        super().apply(action)
 
     def _drift(self, mover: Mover, path: Drift, tick: int) -> None:
         step = path.at(tick) - path.at(tick - 1)
