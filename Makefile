@@ -18,7 +18,7 @@ help:
 	@echo "make test      all tests but the slow ones (about ten minutes on two cores)"
 	@echo "make check     format, lint, types, import directions, generated docs"
 	@echo "make test-all  the slow tests too"
-	@echo "make bench     every measured number of docs/results, about an hour"
+	@echo "make bench     every measured number of docs/results, about two hours"
 	@echo "make format    ruff format and its safe fixes"
 	@echo "make docs      write the generated pages again"
 	@echo "make gpu       tests and measurements that need a GPU"
