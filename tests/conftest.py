@@ -15,7 +15,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(level)
 
 
-def pytest_sessionstart() -> None:
+@pytest.fixture(scope="session", autouse=True)
+def unicode_table() -> None:
     """Hypothesis makes its table of Unicode in a fresh clone's first run, which takes a second.
 
     Here, so that no test's health check takes it for slow generation of inputs.
