@@ -33,6 +33,11 @@ class Assembly:
         memories: Memories,
     ) -> None:
         self._memories = memories
+        # once: asking a protocol is slow, and pieces are made at every step
+        self._carries: dict[str, tuple[Carry, ...]] = {
+            name: model.carries if isinstance(model, Remembering) else ()
+            for name, model in models.items()
+        }
         self._models, self._ledger = models, ledger
         self._works, self._contexts = works, contexts
 
@@ -163,14 +168,10 @@ class Assembly:
                     works[0].spans[carry.stage].stage.layout,
                     tuple(self._memories.earlier(work, carry) for work in works),
                 )
-                for carry in self._carries(order.model)
+                for carry in self._carries[order.model]
                 if carry.reader == order.stage.name
             ),
         )
-
-    def _carries(self, model: str) -> tuple[Carry, ...]:
-        remembering = self._models[model]
-        return remembering.carries if isinstance(remembering, Remembering) else ()
 
     def _row(self, work: Work, stage: Stage, first_unit: int) -> Row:
         if stage.kind is not SpanKind.DENOISE:

@@ -72,6 +72,9 @@ class Engine:
     ) -> None:
         self._memories = Memories(ledger, memory_policy or MemoryPolicy())
         self._models, self._ledger = models, ledger
+        self._remembering = {
+            name: model for name, model in models.items() if isinstance(model, Remembering)
+        }
         self._scheduler, self._executor, self._cost = scheduler, executor, cost
         self._clock, self._step_budget_us = clock, step_budget_us
         self._is_context_public, self._warm_start_share = is_context_public, warm_start_share
@@ -355,8 +358,8 @@ class Engine:
 
     def _remember(self, work: Work) -> None:
         """What its session carries on; before the context takes the pages over."""
-        model = self._models[work.model]
-        if not isinstance(model, Remembering):
+        model = self._remembering.get(work.model)
+        if model is None:
             return
         read = [work.spans[name] for name in work.last_span.stage.reads]
         masses = self._executor.relevance(model, {span.stage: span.pages for span in read})
