@@ -65,11 +65,11 @@ class Processor:
 
     def state(self, state: Float32[np.ndarray, "b dim"]) -> Float32[Tensor, "b dim"]:
         """Normalised state."""
-        return self._state.normalised(torch.from_numpy(state))
+        return self._state.normalised(torch.tensor(state))
 
     def prefix(self, actions: Float32[np.ndarray, "*b dim"]) -> Float32[Tensor, "*b dim"]:
         """Committed actions in the network's units."""
-        return self._action.normalised(torch.from_numpy(actions))
+        return self._action.normalised(torch.tensor(actions))  # a copy: plans are read-only
 
     def actions(
         self, latents: Float[Tensor, "b horizon dim"]
