@@ -43,9 +43,12 @@ def test_uneven_intervals_are_jitter() -> None:
     assert uneven.jitter == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(("degree", "interval_ms"), [(1, 10 + 5 * 10), (5, 10 + 30)])
+@pytest.mark.parametrize(
+    ("degree", "num_lanes", "interval_ms"),
+    [(1, 1, 10 + 5 * 10), (5, 1, 10 + 30), (6, 2, 1 + 8 + 15)],  # last: 2 rows beside the other 3
+)
 def test_cosimulated_chunks_come_when_their_pieces_cost_says(
-    degree: int, interval_ms: float
+    degree: int, num_lanes: int, interval_ms: float
 ) -> None:
     model = load_policy(policy_folder("metaworld-ten"), dtype="float32")
     table = CostTable(
@@ -54,7 +57,7 @@ def test_cosimulated_chunks_come_when_their_pieces_cost_says(
             "view.1": {1: 1_000},
             "text": {1: 0.0},
             "observation": {1: 8_000 / 51},
-            "denoise": {1: 10_000, 5: 30_000},
+            "denoise": {1: 10_000, 2: 15_000, 3: 20_000, 5: 30_000},
         },
         step_us=0.0,
     )
@@ -63,6 +66,7 @@ def test_cosimulated_chunks_come_when_their_pieces_cost_says(
         execution=Execution.NAIVE,
         rate_hz=80.0,
         max_ticks=40,
+        num_lanes=num_lanes,
     )
     arm = open_arm("metaworld:drawer-open")
     try:

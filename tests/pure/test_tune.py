@@ -29,13 +29,15 @@ STAGES = (
 )
 
 
-def tuner(step_us: dict[int, float], *, view_us: float = 1_000, **config: object) -> Tuner:
+def tuner(
+    step_us: dict[int, float], *, view_us: float = 1_000, num_lanes: int = 1, **config: object
+) -> Tuner:
     cost = MeasuredCost(smoothing=0.0)
     for rows in (1, 2, 4, 8):
         cost.observe("m", "view", num_rows=rows, num_units=1, run_us=view_us * rows)
         cost.observe("m", "denoise", num_rows=rows, num_units=1, run_us=step_us[rows])
     pipeline = PipelineConfig(**config)  # type: ignore[arg-type]
-    return Tuner(pipeline, cost, model="m", stages=STAGES, num_lanes=1)
+    return Tuner(pipeline, cost, model="m", stages=STAGES, num_lanes=num_lanes)
 
 
 FREE = {1: 10_000, 2: 10_000, 4: 10_000, 8: 10_000}  # a batch costs what one row costs
@@ -83,3 +85,13 @@ def test_an_indivisible_policy_has_one_chunk_under_way() -> None:
     act = stage("act", SpanKind.DENOISE)
     tuned = Tuner(PipelineConfig(degree=4), MeasuredCost(), model="m", stages=(act,), num_lanes=1)
     assert tuned.pace(1).degree == 1
+
+
+def test_with_a_lane_more_one_chunk_is_perceived_while_the_others_are_generated() -> None:
+    """Only there is a degree beyond the flow steps worth anything: it launches when perception is complete."""
+    beside = tuner(LINEAR, view_us=50_000, num_lanes=2, degree=9, max_degree=7).pace(1)
+    assert (beside.degree, beside.steps_between) == (7, 0)
+    in_turn, at_once = beside.forecasts[5:]
+    assert in_turn.rate_hz == pytest.approx(1e6 / (50_000 + 30_000), rel=1e-2)
+    assert at_once.rate_hz == pytest.approx(1e6 / (50_000 / 2 + 30_000), rel=1e-2)
+    assert tuner(LINEAR, degree=9).pace(1).steps_between == 1

@@ -6,8 +6,8 @@ machine does, and a policy can be charged the time of one that computes the same
 benches. Knows no sockets.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count, groupby
 
 import numpy as np
@@ -18,7 +18,7 @@ from ganglion.engine.executor import Executor, PieceResult
 from ganglion.engine.lane import Lanes
 from ganglion.engine.scheduler import DeadlineScheduler
 from ganglion.engine.step import Engine
-from ganglion.engine.work import StepPlan
+from ganglion.engine.work import Piece, StepPlan
 from ganglion.layout import PoolLayout
 from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
@@ -48,10 +48,14 @@ NANOSECOND_S = 1e-9  # the simulated clock counts whole ones
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostTable:
-    """Microseconds of one unit of a stage by number of rows, and of what an engine step takes besides its pieces."""
+    """Microseconds of one unit of a stage by number of rows, and of what an engine step takes besides its pieces.
+
+    `contention`: so many times as long a piece takes while another core computes, too.
+    """
 
     unit_us: Mapping[str, Mapping[int, float]]
     step_us: float
+    contention: float = 1.0
 
     def piece_us(self, stage: str, *, num_rows: int, num_units: int) -> float:
         """Between measured row counts linear, beyond them in proportion."""
@@ -66,6 +70,7 @@ class Flight:
     execution: Execution
     rate_hz: float
     max_ticks: int = 500
+    num_lanes: int = 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,23 +95,39 @@ class ChargedExecutor(Executor):
         self._simulated, self._table = clock, table
 
     def run(self, plan: StepPlan) -> tuple[PieceResult, ...]:
-        done = super().run(plan)
+        """All pieces run on the one thread there is; what is charged goes by their lanes."""
+        alone = tuple(replace(piece, order=replace(piece.order, lane=0)) for piece in plan.pieces)
+        done = super().run(replace(plan, pieces=alone))
         charged: list[PieceResult] = []
         for _, wave in groupby(
             zip(plan.pieces, done, strict=True), key=lambda item: item[0].order.wave
         ):
-            for piece, result in wave:
-                order = piece.order
-                run_us = self._table.piece_us(
-                    order.stage.name, num_rows=len(order.rows), num_units=order.num_units
-                )
-                start_s = self._simulated.now_s()
-                self._simulated.advance(run_us * 1e-6)
-                charged.append(
-                    PieceResult(start_s=start_s, run_us=run_us, failed_rows=result.failed_rows)
-                )
+            charged += self._charge(list(wave))
         self._simulated.advance(self._table.step_us * 1e-6)
         return tuple(charged)
+
+    def _charge(self, wave: Sequence[tuple[Piece, PieceResult]]) -> list[PieceResult]:
+        """A wave lasts as long as its busiest lane."""
+        lanes = {piece.order.lane for piece, _ in wave}
+        factor = self._table.contention if len(lanes) > 1 else 1.0
+        start_s = self._simulated.now_s()
+        lane_us = dict.fromkeys(lanes, 0.0)
+        charged: list[PieceResult] = []
+        for piece, result in wave:
+            order = piece.order
+            run_us = factor * self._table.piece_us(
+                order.stage.name, num_rows=len(order.rows), num_units=order.num_units
+            )
+            charged.append(
+                PieceResult(
+                    start_s=start_s + lane_us[order.lane] * 1e-6,
+                    run_us=run_us,
+                    failed_rows=result.failed_rows,
+                )
+            )
+            lane_us[order.lane] += run_us
+        self._simulated.advance(max(lane_us.values()) * 1e-6)
+        return charged
 
 
 class Cosim:
@@ -125,7 +146,7 @@ class Cosim:
         self._engine = Engine(
             {name: model},
             Ledger(layout, arena_large_pages),
-            DeadlineScheduler({name: model.stages}, cost, max_rows=64, num_lanes=1),
+            DeadlineScheduler({name: model.stages}, cost, max_rows=64, num_lanes=flight.num_lanes),
             ChargedExecutor({name: model}, Arena(layout, arena_large_pages), self._clock, table),
             cost,
             self._clock,
@@ -134,7 +155,9 @@ class Cosim:
             is_context_public=flight.pipeline.context == "public",
             warm_start_share=flight.pipeline.warm_start,
         )
-        tuner = Tuner(flight.pipeline, cost, model=name, stages=model.stages, num_lanes=1)
+        tuner = Tuner(
+            flight.pipeline, cost, model=name, stages=model.stages, num_lanes=flight.num_lanes
+        )
         self._dispatcher = Dispatcher(self._engine, model.spec, self._clock, Metrics(), tuner)
         self._model, self._seqs, self._episodes = model, count(), count()
         self._inbox: list[Outcome] = []

@@ -7,7 +7,7 @@ co-simulation (`bench.cosim`), each way of serving charged what its stages took 
 
 import multiprocessing
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -67,7 +67,7 @@ def ways() -> tuple[Way, ...]:
             pipeline = PipelineConfig(degree=degree, context=context)
             found.append(Way(name=f"n={degree} {context}", pipeline=pipeline))
     for share in WARM_STARTS:
-        for degree in (1, 2):
+        for degree in (1, 2, 3):
             pipeline = PipelineConfig(degree=degree, warm_start=share)
             found.append(Way(name=f"n={degree} public, warm start {share:g}", pipeline=pipeline))
     return tuple(found)
@@ -99,12 +99,32 @@ def run(*, quick: bool, seed: int) -> BenchResult:
     b0 = max(("B0, 1 threads", "B0, 2 threads"), key=rates.__getitem__)
     torch.set_num_threads(1 if b0 == "B0, 1 threads" else 2)
     table = measured_costs(model, frames, num_rounds=2 if quick else 15)
-    alone_us = alone_us_of(model, table)
-    served_us = 1e6 / max(rates[f"{ways()[1].name}, {name}"] for name in LANES)
-    num_steps = -(-alone_us // EngineConfig().step_budget_us)
-    table = replace(table, step_us=max(0.0, served_us - alone_us) / num_steps)
-    success = fly_all(chosen, table, dtype, seeds=1 if quick else 6, quick=quick)
+    tables = {lanes: _with_overheads(table, model, rates, b0, lanes) for lanes in LANES}
+    best = {way.name: _best_lanes(way.name, rates) for way in chosen[1:]}
+    success = fly_all(chosen, best, table, tables, dtype, seeds=1 if quick else 6, quick=quick)
     return _result(model, streams, rates, b0, table, success, chosen, seed=seed, dtype=dtype)
+
+
+def _best_lanes(way: str, rates: Mapping[str, float]) -> str:
+    """The split of the cores that serves it best."""
+    return max(LANES, key=lambda lanes: rates[f"{way}, {lanes}"])
+
+
+def _with_overheads(
+    table: CostTable, model: Model, rates: Mapping[str, float], b0: str, lanes: str
+) -> CostTable:
+    """What two busy cores take from each other, and what n = 1 takes over the bare stages."""
+    contention = max(1.0, 2 * rates[b0] / rates["B2, 2 loops"])
+    num_lanes = len(LANES[lanes])
+    perceive_us, generate_us = perceive_us_of(model, table), generate_us_of(model, table)
+    if num_lanes > 1:  # the views beside each other
+        encode_us = _encode_us(model, table)
+        perceive_us += contention * max(encode_us) - sum(encode_us)
+    alone_us = perceive_us + generate_us
+    served_us = 1e6 / rates[f"{ways()[1].name}, {lanes}"]
+    num_steps = -(-alone_us // EngineConfig().step_budget_us)
+    step_us = max(0.0, served_us - alone_us) / num_steps
+    return replace(table, step_us=step_us, contention=contention)
 
 
 def stream_of(
@@ -172,6 +192,7 @@ class Order:
 
     way: Way
     table: CostTable
+    num_lanes: int
     dtype: str
     task: str
     seeds: tuple[int, ...]
@@ -179,19 +200,26 @@ class Order:
 
 
 def fly_all(
-    chosen: Sequence[Way], table: CostTable, dtype: str, *, seeds: int, quick: bool
+    chosen: Sequence[Way],
+    best_lanes: Mapping[str, str],
+    bare: CostTable,
+    tables: Mapping[str, CostTable],
+    dtype: str,
+    *,
+    seeds: int,
+    quick: bool,
 ) -> dict[str, list[FlightResult]]:
     """Episodes of the moving tasks by way; two worker processes.
 
     Degrees that keep the same number of chunks under way fly the same episodes: once is enough.
     """
     tasks = TASKS[:1] if quick else TASKS
-    bare = replace(table, step_us=0.0)
-    twins = {way.name: _first_alike(way, chosen) for way in chosen}
+    twins = {way.name: _first_alike(way, chosen, best_lanes) for way in chosen}
     orders = [
         Order(
             way=way,
-            table=bare if way.name == "B0" else table,
+            table=tables[best_lanes[way.name]] if way.name in best_lanes else bare,
+            num_lanes=len(LANES[best_lanes[way.name]]) if way.name in best_lanes else 1,
             dtype=dtype,
             task=task,
             seeds=tuple(UNSEEN_SEEDS)[:seeds],
@@ -208,17 +236,20 @@ def fly_all(
     return {name: results[twin] for name, twin in twins.items()}
 
 
-def _first_alike(way: Way, chosen: Sequence[Way]) -> str:
+def _first_alike(way: Way, chosen: Sequence[Way], best_lanes: Mapping[str, str]) -> str:
     """The first way that launches its chunks just as this one does."""
 
     def alike(other: Way) -> tuple[object, ...]:
-        pipeline = other.pipeline
+        pipeline, lanes = other.pipeline, best_lanes[other.name]
         steps = NUM_FLOW_STEPS - round(pipeline.warm_start * NUM_FLOW_STEPS)
+        is_overlapped = pipeline.degree > steps and len(LANES[lanes]) > 1
         between = -(-steps // pipeline.degree)
-        return (between, -(-steps // between), pipeline.context, pipeline.warm_start)
+        launches = (is_overlapped, between, -(-steps // between))
+        return (*launches, pipeline.context, pipeline.warm_start, lanes)
 
-    same = (other.name for other in chosen[1:] if alike(other) == alike(way))
-    return way.name if way is chosen[0] else next(same)
+    if way is chosen[0]:
+        return way.name
+    return next(other.name for other in chosen[1:] if alike(other) == alike(way))
 
 
 def fly(order: Order) -> tuple[str, list[FlightResult]]:
@@ -230,6 +261,7 @@ def fly(order: Order) -> tuple[str, list[FlightResult]]:
         execution=order.way.execution,
         rate_hz=RATE_HZ,
         max_ticks=order.max_ticks,
+        num_lanes=order.num_lanes,
     )
     arm = open_arm(f"metaworld-moving:{order.task}")
     try:
@@ -260,7 +292,7 @@ def _result(
     dtype: str,
 ) -> BenchResult:
     def best_lane(way: str) -> str:
-        return max((f"{way}, {lanes}" for lanes in LANES), key=rates.__getitem__)
+        return f"{way}, {_best_lanes(way, rates)}"
 
     def age_p99(name: str) -> float:
         return float(np.percentile(merged(streams[name], Stream.ages_ms), 99))
@@ -367,9 +399,21 @@ def perceive_us_of(model: Model, table: CostTable) -> float:
     )
 
 
+def _encode_us(model: Model, table: CostTable) -> list[float]:
+    """Of each view."""
+    return [
+        table.piece_us(stage.name, num_rows=1, num_units=stage.num_units)
+        for stage in model.stages
+        if stage.kind is SpanKind.ENCODE
+    ]
+
+
+def generate_us_of(model: Model, table: CostTable) -> float:
+    """K t_g(1)."""
+    generate = model.stages[-1]
+    return table.piece_us(generate.name, num_rows=1, num_units=generate.num_units)
+
+
 def alone_us_of(model: Model, table: CostTable) -> float:
     """L: one observation after the other."""
-    generate = model.stages[-1]
-    return perceive_us_of(model, table) + table.piece_us(
-        generate.name, num_rows=1, num_units=generate.num_units
-    )
+    return perceive_us_of(model, table) + generate_us_of(model, table)

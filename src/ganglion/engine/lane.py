@@ -6,7 +6,7 @@ Lane 0 is the engine loop's own thread, so a server with one lane hands no work 
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future
 
 import torch
@@ -14,20 +14,29 @@ import torch
 Task = Callable[[], None]
 
 
-def pin_this_thread(cores: Sequence[int]) -> None:
-    """Bind the calling thread to `cores` (where the system allows it) and give torch one thread a core."""
-    if hasattr(os, "sched_setaffinity") and cores:
-        allowed = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, allowed.intersection(cores) or allowed)
+def pin_this_thread(cores: Set[int], *, allowed: Set[int]) -> None:
+    """Bind the calling thread to `cores` (to none: to all that are `allowed`) and give torch one thread a core."""
+    if allowed:
+        os.sched_setaffinity(0, cores or allowed)
     torch.set_num_threads(max(1, len(cores)))
 
 
 class Lanes:
-    """A fixed set of lanes; `run` blocks until every task of a wave is done."""
+    """A fixed set of lanes; `run` blocks until every task of a wave is done.
+
+    Cores that the thread which makes it may not run on are left out; a lane without a core runs on any.
+    """
 
     def __init__(self, cores: Sequence[Sequence[int]]) -> None:
         assert cores, "an engine needs at least one lane"
-        self._cores = [tuple(group) for group in cores]
+        # asked here: once lane 0 is pinned, the threads that it starts inherit its one core
+        self._allowed: Set[int] = (
+            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else frozenset()
+        )
+        self._cores = [
+            self._allowed.intersection(group) if self._allowed else frozenset(group)
+            for group in cores
+        ]
         self._queues: list[queue.SimpleQueue[tuple[Task, Future[None]] | None]] = [
             queue.SimpleQueue() for _ in self._cores[1:]
         ]
@@ -41,7 +50,7 @@ class Lanes:
 
     def open(self) -> None:
         """Pin the calling thread as lane 0 and start the others."""
-        pin_this_thread(self._cores[0])
+        pin_this_thread(self._cores[0], allowed=self._allowed)
         for thread in self._threads:
             thread.start()
 
@@ -70,7 +79,7 @@ class Lanes:
             future.result()
 
     def _serve(self, at: int) -> None:
-        pin_this_thread(self._cores[at + 1])
+        pin_this_thread(self._cores[at + 1], allowed=self._allowed)
         with torch.inference_mode():
             while (item := self._queues[at].get()) is not None:
                 task, future = item

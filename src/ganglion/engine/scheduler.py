@@ -7,7 +7,6 @@ wave of the same step computes follow at once, so an idle server answers in one 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 from ganglion.engine.work import PieceOrder, WorkView
@@ -97,20 +96,28 @@ class DeadlineScheduler:
         placed: list[PieceOrder] = []
         lane_us = [0] * self._num_lanes
         groups, is_joined = self._ready(ordered, progress)
-        for (model, at), rows in groups.items():
-            stage = self._stages[model][at]
-            if is_joined and stage.kind is SpanKind.DENOISE and all(lane_us):
+        for (model, at), ready in groups.items():
+            stage, rows = self._stages[model][at], ready[: self._max_rows]
+            is_generation = stage.kind is SpanKind.DENOISE
+            if is_joined and is_generation and all(lane_us):
                 break  # the next wave's batch has the rows too whose perception is placed here
-            left_us, num_open = budget_us - min(lane_us), lane_us.count(min(lane_us))
-            is_forced = is_first and not placed
-            fit = self._fit(
-                model, stage, rows, at, progress, left_us, num_open, is_forced=is_forced
-            )
-            for share in _split(fit, num_open):
-                lane = lane_us.index(min(lane_us))
+            counts = self._spread(model, stage, len(rows), lane_us)
+            # lanes with nothing to perceive generate meanwhile: a step at least, and no longer than that takes
+            is_beside = is_joined and is_generation and any(lane_us)
+            is_forced = is_beside or (is_first and not placed)
+            if not is_forced and not self._fits(
+                model, stage, rows, at, progress, counts, lane_us, budget_us
+            ):
+                continue
+            until_us = max(lane_us) if is_beside else budget_us
+            start = 0
+            for lane, count in counts.items():
+                share = rows[start : start + count]
+                left_us = until_us - lane_us[lane]
                 order = self._order(model, stage, share, at, progress, left_us, wave, lane)
                 lane_us[lane] += order.cost_us
                 placed.append(order)
+                start += count
         return placed
 
     def _ready(
@@ -139,29 +146,50 @@ class DeadlineScheduler:
             groups = {at: groups[at] for at in last}
         return groups, is_joined
 
-    def _fit(
+    def _spread(
+        self, model: str, stage: Stage, num_rows: int, lane_us: Sequence[int]
+    ) -> dict[int, int]:
+        """Lane -> rows of the stage, so that the last lane is done as early as can be."""
+        if len(lane_us) == 1:
+            return {0: num_rows}
+        num_units = 1 if stage.is_divisible else stage.num_units
+        unit_us = [0] + [
+            self._cost.estimate_us(model, stage.name, num_rows=rows, num_units=num_units)
+            for rows in range(1, num_rows + 1)
+        ]
+        counts = [0] * len(lane_us)
+        for _ in range(num_rows):
+            done_us = [
+                before_us + unit_us[count + 1]
+                for before_us, count in zip(lane_us, counts, strict=True)
+            ]
+            counts[done_us.index(min(done_us))] += 1
+        return {lane: count for lane, count in enumerate(counts) if count}
+
+    def _fits(
         self,
         model: str,
         stage: Stage,
-        rows: list[RequestId],
+        rows: Sequence[RequestId],
         at: int,
         progress: Mapping[RequestId, _Progress],
+        counts: Mapping[int, int],
+        lane_us: Sequence[int],
         budget_us: int,
-        num_open: int,
-        *,
-        is_forced: bool,
-    ) -> list[RequestId]:
-        """All rows of the stage, if their smallest piece fits the budget or is forced; else none.
+    ) -> bool:
+        """Do all rows fit the budget, at least one unit of each?
 
         A budget cuts units, never rows: fewer rows would cost almost as much and leave the others waiting, so that an
         overloaded server would get slower still.
         """
-        rows = rows[: self._max_rows]
         first = progress[rows[0]]
         num_units = 1 if stage.is_divisible else first.ends[at] - first.cursors[at]
-        per_lane = -(-len(rows) // num_open)
-        cost_us = self._cost.estimate_us(model, stage.name, num_rows=per_lane, num_units=num_units)
-        return rows if is_forced or cost_us <= budget_us else []
+        return all(
+            lane_us[lane]
+            + self._cost.estimate_us(model, stage.name, num_rows=count, num_units=num_units)
+            <= budget_us
+            for lane, count in counts.items()
+        )
 
     def _order(
         self,
@@ -193,13 +221,6 @@ class DeadlineScheduler:
 
 def _urgency(work: WorkView) -> tuple[int, float, int, RequestId]:
     return (work.deadline_us // TIE_US, -work.wait_ratio, work.deadline_us, work.request_id)
-
-
-def _split(rows: Sequence[RequestId], num_parts: int) -> list[Sequence[RequestId]]:
-    """Rows in at most `num_parts` nearly equal runs."""
-    num_parts = min(num_parts, len(rows))
-    bounds = [len(rows) * part // num_parts for part in range(num_parts + 1)] if rows else [0]
-    return [rows[start:end] for start, end in pairwise(bounds)]
 
 
 def _wave_us(orders: Sequence[PieceOrder]) -> int:

@@ -189,6 +189,11 @@ class Engine:
         work = self._works.get(request_id)
         return 0 if work is None else work.num_flow_steps
 
+    def has_perceived(self, request_id: RequestId) -> bool:
+        """Is all that its chunk rests on computed? So it is of a request that left."""
+        work = self._works.get(request_id)
+        return work is None or work.percept is not None
+
     def cancel(self, request_id: RequestId, reason: GanglionError | None = None) -> None:
         """Drop a request; its pages are back at once, its outcome is `reason` (default CancelledError)."""
         work = self._works.get(request_id)

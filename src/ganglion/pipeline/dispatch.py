@@ -225,6 +225,8 @@ class Dispatcher:
         if len(session.in_flight) >= self._pace.degree:
             return False
         newest = next(reversed(session.in_flight))
+        if self._pace.steps_between == 0:
+            return self._engine.has_perceived(newest)
         return self._engine.num_flow_steps(newest) >= self._pace.steps_between
 
     def _cancel(self, request_id: RequestId, reason: GanglionError | None = None) -> None:

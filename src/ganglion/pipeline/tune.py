@@ -27,7 +27,10 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """The choice, and why. A launch follows when the newest chunk under way has done `steps_between` flow steps."""
+    """The choice, and why. A launch follows when the newest chunk under way has done `steps_between` flow steps.
+
+    0: when its perception is complete.
+    """
 
     degree: int
     steps_between: int
@@ -64,13 +67,14 @@ class Tuner:
         fixed = self._config.degree
         if not self._generate.is_divisible:
             return self._at(1, "this policy computes a chunk in one piece", (), num_steps)
-        limit = min(self._config.max_degree, num_steps, max_degree or num_steps)
+        most = num_steps + (self._num_lanes > 1)
+        limit = min(self._config.max_degree, most, max_degree or most)
         forecasts = tuple(
             self.forecast(n, num_robots, num_flow_steps=num_flow_steps) for n in range(1, limit + 1)
         )
         if fixed:
             reason = f"degree {fixed} by config"
-            return self._at(min(fixed, num_steps), reason, forecasts, num_steps)
+            return self._at(min(fixed, most), reason, forecasts, num_steps)
         best = forecasts[0]
         for forecast in forecasts[1:]:
             is_fresh = forecast.latency_ms <= self._config.max_age_ms
@@ -89,15 +93,33 @@ class Tuner:
     def forecast(
         self, degree: int, num_robots: int, *, num_flow_steps: int | None = None
     ) -> Forecast:
-        """Steady state: each cycle perceives once for every robot and brings every chunk 1/n of its steps further."""
+        """Steady state: each cycle perceives once for every robot and brings every chunk 1/n of its steps further.
+
+        With several lanes, what one robot's cycle leaves idle serves the others, and where it is perceived beside
+        generation, lanes are as busy as the work of a cycle makes them.
+        """
         num_robots = max(1, num_robots)
         num_steps = self._num_steps_of(num_flow_steps)
-        steps = -(-num_steps // degree)
+        between = self._steps_between(degree, num_steps)
+        steps = max(1, between)
         depth = -(-num_steps // steps)
-        cycle_us = self._perceive_us(num_robots) + steps * self._step_us(depth * num_robots)
-        return Forecast(
-            degree=degree, rate_hz=1e6 / max(1, cycle_us), latency_ms=depth * cycle_us * 1e-3
-        )
+        generate_us = steps * self._step_us(depth * num_robots)
+        perceive_us = self._perceive_us(num_robots)
+        cycle_us = perceive_us + generate_us
+        if between == 0:
+            cycle_us = max(perceive_us, generate_us + perceive_us // self._num_lanes)
+        latency_us = (depth + (between == 0)) * cycle_us
+        return Forecast(degree=degree, rate_hz=1e6 / max(1, cycle_us), latency_ms=latency_us * 1e-3)
+
+    def _steps_between(self, degree: int, num_steps: int) -> int:
+        """Flow steps of the newest chunk before the next one is launched; 0: its perception is enough.
+
+        With a chunk more under way than there are flow steps, one is perceived while the others are generated. On one
+        lane that gains nothing.
+        """
+        if degree > num_steps and self._num_lanes > 1:
+            return 0
+        return -(-num_steps // degree)
 
     def _num_steps_of(self, num_flow_steps: int | None) -> int:
         """Flow steps that are run for a chunk: a warm start spares some."""
@@ -109,7 +131,7 @@ class Tuner:
     ) -> Pace:
         return Pace(
             degree=degree,
-            steps_between=-(-num_steps // degree),
+            steps_between=self._steps_between(degree, num_steps),
             reason=reason,
             max_age_ms=self._config.max_age_ms,
             forecasts=forecasts,
