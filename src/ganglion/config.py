@@ -91,6 +91,10 @@ class DemoConfig:
     num_arms: int = 4
     rate_hz: float = 20.0  # Meta-World's own rate is 80 Hz: this is quarter speed
     tasks: tuple[str, ...] = ()  # () = all that the policy was trained on, spread over the arms
+    world: str = (
+        "metaworld"  # "metaworld-moving", "metaworld-jumping": goals do not stay where they are
+    )
+    executions: tuple[str, ...] = ("naive",)  # in turn; arms side by side then do the same task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +137,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "engine.dtype": ("bfloat16", "float32"),
     "pipeline.context": ("public", "private"),
+    "demo.world": ("metaworld", "metaworld-moving", "metaworld-jumping"),
 }
 
 

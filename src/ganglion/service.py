@@ -3,15 +3,25 @@
 Implemented by `pipeline.local` (in process) and by `FakeService` (tests of the edge). The edge knows nothing behind it.
 """
 
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from ganglion.errors import GanglionError
+from ganglion.generation import (
+    ChatMessage,
+    GenerateRequest,
+    LanguageSpec,
+    PromptScored,
+    TextDelta,
+    Usage,
+)
 from ganglion.spec import PolicySpec
 from ganglion.types import ActionChunk, Command, Observation, RequestId, ServiceStats
 
 Outcome = ActionChunk | GanglionError
 OnDone = Callable[[Outcome], None]
+Generated = PromptScored | TextDelta | Usage | GanglionError
+OnGenerated = Callable[[Generated], None]
 
 
 @runtime_checkable
@@ -47,4 +57,54 @@ class Service(Protocol):
 
     def stats(self) -> ServiceStats:
         """The newest picture, made between two steps. Never waits for a step."""
+        ...
+
+
+class TextTokenizer(Protocol):
+    """Text to token ids and back, of one model. Thread-safe; takes microseconds to milliseconds, so an edge may call it."""
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of `text`, with the special tokens that the model puts in front of a plain prompt."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids; bytes that are no character yet become U+FFFD."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for."""
+        ...
+
+    def chat(
+        self, messages: Sequence[ChatMessage], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
+        """Ids of a conversation up to where the assistant speaks next, by the model's template.
+
+        Raises FieldError where the template refuses the messages.
+        """
+        ...
+
+
+@runtime_checkable
+class LanguageService(Protocol):
+    """Takes prompts, answers each with deltas. Thread-safe; `on_generated` as `OnDone` of `Service`, but called often."""
+
+    def language_models(self) -> tuple[LanguageSpec, ...]:
+        """Those that a request may name."""
+        ...
+
+    def tokenizer(self, model: str) -> TextTokenizer:
+        """Of one of them. Raises FieldError for any other name."""
+        ...
+
+    def generate(self, request: GenerateRequest, on_generated: OnGenerated) -> RequestId:
+        """Queue one prompt. Ends with exactly one Usage, after all its deltas, or one GanglionError.
+
+        Raises FieldError for an unknown model, a prompt of no or too many tokens, or a grammar that does not compile;
+        OverloadedError when too many wait.
+        """
+        ...
+
+    def cancel(self, request_id: RequestId) -> None:
+        """Drop a request between two engine steps; its end is then CancelledError. Unknown ids are ignored."""
         ...

@@ -1,8 +1,9 @@
 import pytest
 
-from ganglion.cli.demo import spread
+from ganglion.cli.demo import dealt, spread
 from ganglion.config import DemoConfig
 from ganglion.errors import FieldError
+from ganglion.types import Execution
 
 
 def test_tasks_are_dealt_out_to_the_arms() -> None:
@@ -18,3 +19,17 @@ def test_tasks_are_dealt_out_to_the_arms() -> None:
 def test_a_task_that_does_not_exist_is_named() -> None:
     with pytest.raises(FieldError, match=r"task: expected one of .*, got 'fold-laundry'"):
         spread(DemoConfig(tasks=("fold-laundry",)))
+
+
+def test_arms_that_are_compared_do_the_same_task() -> None:
+    hands = spread(
+        DemoConfig(
+            num_arms=4,
+            world="metaworld-moving",
+            tasks=("push", "drawer-open"),
+            executions=("naive", "prefix"),
+        )
+    )
+    assert hands == [["metaworld-moving:push"]] * 2 + [["metaworld-moving:drawer-open"]] * 2
+    modes = dealt((Execution.NAIVE, Execution.PREFIX), 4)
+    assert modes == (Execution.NAIVE, Execution.PREFIX) * 2

@@ -140,57 +140,6 @@ RUN_DIR = Flag(
 
 _SETTINGS = Group(title="settings", flags=(CONFIG_FILE, EXPLAIN, LOG_LEVEL))
 
-DEMO = Command(
-    name="demo",
-    summary="server, simulated arms and dashboard on this machine; needs no GPU, key or download",
-    examples=(
-        "ganglion demo",
-        "ganglion demo --arms 2 --tasks drawer-open,push",
-        "ganglion demo --headless --seconds 60 --json demo.json",
-    ),
-    target="ganglion.cli.demo:run",
-    groups=(
-        Group(
-            title="arms",
-            flags=(
-                Flag(
-                    name="--arms",
-                    path="demo.num_arms",
-                    kind=int,
-                    metavar="N",
-                    help="simulated arms",
-                ),
-                Flag(
-                    name="--rate",
-                    path="demo.rate_hz",
-                    kind=float,
-                    metavar="HZ",
-                    help="control ticks per second; Meta-World's own rate is 80: 20 is quarter speed",
-                ),
-                Flag(
-                    name="--tasks",
-                    path="demo.tasks",
-                    kind=names,
-                    metavar="A,B",
-                    help="tasks, spread over the arms (default: all that the policy knows)",
-                ),
-                SEED,
-            ),
-        ),
-        Group(
-            title="run",
-            flags=(
-                Flag(name="--seconds", kind=float, metavar="S", help="stop after this long"),
-                Flag(name="--headless", is_switch=True, help="no browser and no live line"),
-                Flag(name="--no-browser", is_switch=True, help="do not open a browser"),
-                JSON,
-            ),
-        ),
-        Group(title="server", flags=(POLICY_FLAG, FLOW_STEPS, PORT, DTYPE)),
-        _SETTINGS,
-    ),
-)
-
 _PIPELINE = Group(
     title="pipeline",
     flags=(
@@ -220,6 +169,72 @@ _PIPELINE = Group(
             metavar="FILE",
             help="result of `ganglion bench ladder`: fewer flow steps before robots miss",
         ),
+    ),
+)
+
+DEMO = Command(
+    name="demo",
+    summary="server, simulated arms and dashboard on this machine; needs no GPU, key or download",
+    examples=(
+        "ganglion demo",
+        "ganglion demo --arms 2 --tasks drawer-open,push",
+        "ganglion demo --world metaworld-moving --tasks push,drawer-open --execution naive,prefix",
+        "ganglion demo --headless --seconds 60 --json demo.json",
+    ),
+    target="ganglion.cli.demo:run",
+    groups=(
+        Group(
+            title="arms",
+            flags=(
+                Flag(
+                    name="--arms",
+                    path="demo.num_arms",
+                    kind=int,
+                    metavar="N",
+                    help="simulated arms",
+                ),
+                Flag(
+                    name="--rate",
+                    path="demo.rate_hz",
+                    kind=float,
+                    metavar="HZ",
+                    help="control ticks per second; Meta-World's own rate is 80: 20 is quarter speed",
+                ),
+                Flag(
+                    name="--tasks",
+                    path="demo.tasks",
+                    kind=names,
+                    metavar="A,B",
+                    help="tasks, spread over the arms (default: all that the policy knows)",
+                ),
+                Flag(
+                    name="--world",
+                    path="demo.world",
+                    metavar="KIND",
+                    help="metaworld, metaworld-moving or metaworld-jumping: goals that do not stay where they are",
+                ),
+                Flag(
+                    name="--execution",
+                    path="demo.executions",
+                    kind=names,
+                    metavar="A,B",
+                    help="what arms do while their next chunk is computed; with several, arms side by side do the same task",
+                ),
+                SEED,
+            ),
+        ),
+        Group(
+            title="run",
+            flags=(
+                Flag(name="--seconds", kind=float, metavar="S", help="stop after this long"),
+                Flag(name="--headless", is_switch=True, help="no browser and no live line"),
+                Flag(name="--no-browser", is_switch=True, help="do not open a browser"),
+                JSON,
+            ),
+        ),
+        Group(title="server", flags=(POLICY_FLAG, FLOW_STEPS, PORT, DTYPE)),
+        _PIPELINE,
+        _SETTINGS,
     ),
 )
 

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import NoReturn
 
 from ganglion.cli.progress import LiveLine, Stages
+from ganglion.cli.run import read_execution
 from ganglion.cli.server import Served, serving
 from ganglion.cli.settings import resolve
 from ganglion.cli.signals import leave, stop_signal
 from ganglion.cli.tally import Tally, by_task, counted, episode_line, modes, report_failures
 from ganglion.clock import Clock, RealClock
 from ganglion.config import DemoConfig
-from ganglion.errors import GanglionError
+from ganglion.errors import FieldError, GanglionError
 from ganglion.robots.catalog import check_world
 from ganglion.robots.episode import EpisodeResult
 from ganglion.robots.fleet import Fleet, FleetConfig, FleetResult, own_episodes
 from ganglion.robots.loop import LoopConfig
 from ganglion.robots.metaworld import DEMO_SEEDS, TASKS
+from ganglion.types import Execution
 
 REFRESH_S = 0.5
 
@@ -32,6 +34,9 @@ def run(args: argparse.Namespace) -> NoReturn:
     clock = RealClock()
     start_s = clock.now_s()
     resolved = resolve(args)
+    if not resolved.config.demo.executions:
+        raise FieldError("demo.executions", expected="one mode at least", got="none")
+    executions = tuple(read_execution(name) for name in resolved.config.demo.executions)
     worlds = spread(resolved.config.demo)
     is_headless = bool(args.headless)
     stages = Stages(clock)
@@ -44,6 +49,7 @@ def run(args: argparse.Namespace) -> NoReturn:
             robots=tuple(f"arm-{at + 1}" for at in range(len(worlds))),
             api_key=resolved.config.serve.api_key,
             loop=LoopConfig(rate_hz=resolved.config.demo.rate_hz),
+            executions=dealt(executions, len(worlds)),
             has_side_channel=True,
             has_common_start=True,
         )
@@ -78,14 +84,23 @@ def run(args: argparse.Namespace) -> NoReturn:
 
 
 def spread(config: DemoConfig) -> list[list[str]]:
-    """Worlds of each arm: the tasks dealt out like cards; more arms than tasks share them."""
+    """Worlds of each arm: the tasks dealt out like cards; more arms than tasks share them.
+
+    With several ways of execution as many arms in a row share a hand, to be compared.
+    """
     tasks = config.tasks or tuple(TASKS)
-    for task in tasks:
-        check_world(f"metaworld:{task}")
-    hands = [
-        tasks[at :: config.num_arms] or (tasks[at % len(tasks)],) for at in range(config.num_arms)
-    ]
-    return [[f"metaworld:{task}" for task in hand] for hand in hands]
+    worlds = tuple(f"{config.world}:{task}" for task in tasks)
+    for world in worlds:
+        check_world(world)
+    num_alike = len(config.executions)
+    num_hands = -(-config.num_arms // num_alike)
+    hands = [worlds[at::num_hands] or (worlds[at % len(worlds)],) for at in range(num_hands)]
+    return [list(hands[arm // num_alike]) for arm in range(config.num_arms)]
+
+
+def dealt(executions: tuple[Execution, ...], num_arms: int) -> tuple[Execution, ...]:
+    """Of each arm, in turn."""
+    return tuple(executions[arm % len(executions)] for arm in range(num_arms))
 
 
 def announce(served: Served, config: DemoConfig, *, is_headless: bool) -> None:

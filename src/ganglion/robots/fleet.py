@@ -28,6 +28,7 @@ from ganglion.robots.episode import EpisodePlan, EpisodeResult
 from ganglion.robots.impairment import Impairment
 from ganglion.robots.loop import LoopConfig
 from ganglion.robots.runner import END, START, RunnerConfig
+from ganglion.types import Execution
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +51,17 @@ NextPlan = Callable[[int], EpisodePlan | None]  # robot's index -> its next epis
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetConfig:
-    """Which robots, which server, how they are controlled. `cores[i]`, if given, is where robot i runs."""
+    """Which robots, which server, how they are controlled.
+
+    `cores[i]` and `executions[i]`, if given, are where robot i runs and what it does while a chunk is computed.
+    """
 
     url: str
     robots: tuple[str, ...]  # their ids
     api_key: str | None = None
     loop: LoopConfig = field(default_factory=LoopConfig)
     has_side_channel: bool = False
+    executions: tuple[Execution, ...] = ()
     cores: tuple[tuple[int, ...], ...] = ()
     niceness: int = 0
     connect_s: float = 30.0  # how long robots try to reach the server at their start
@@ -66,12 +71,14 @@ class FleetConfig:
     def __post_init__(self) -> None:
         if not self.robots or len(set(self.robots)) != len(self.robots):
             raise FieldError("robots", expected="one or more different ids", got=str(self.robots))
-        if self.cores and len(self.cores) != len(self.robots):
-            raise FieldError(
-                "cores",
-                expected=f"one set for each of {len(self.robots)} robots",
-                got=str(self.cores),
-            )
+        for field_name in ("cores", "executions"):
+            given = getattr(self, field_name)
+            if given and len(given) != len(self.robots):
+                raise FieldError(
+                    field_name,
+                    expected=f"one for each of {len(self.robots)} robots",
+                    got=str(given),
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,12 +294,14 @@ class Fleet:
         return self._is_stopping
 
     def _runner_config(self, index: int) -> RunnerConfig:
-        config = self._config
+        config, loop = self._config, self._config.loop
+        if config.executions:
+            loop = replace(loop, execution=config.executions[index])
         return RunnerConfig(
             robot_id=config.robots[index],
             url=config.url,
             api_key=config.api_key,
-            loop=config.loop,
+            loop=loop,
             has_side_channel=config.has_side_channel,
             cores=config.cores[index] if config.cores else (),
             niceness=config.niceness,

@@ -1,0 +1,83 @@
+"""The LanguageModel seam: a decoder as layers over pages. Driven by the engine, written by each family.
+
+A model knows tensors and positions. It does not know page ids, requests, sessions or time. Dimension names: token (of
+all rows of a batch, one after the other), width, head, kv (key and value heads), dim.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ganglion.generation import LanguageSpec
+from ganglion.layout import PageLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvGroup:
+    """Layers whose keys and values stand in the same pages.
+
+    A page of `layout` has shape (layers, 2, slots, kv, dim); with `value_dim` (MLA: one latent for both) shape
+    (layers, 1, slots, kv, dim), and values are the first `value_dim` numbers of keys. `window`: a token sees itself and
+    the `window - 1` before it, so that pages further back can go; None: all.
+    """
+
+    layout: PageLayout
+    layers: tuple[int, ...]  # of the model, in the order in which they stand in a page
+    window: int | None = None
+    value_dim: int | None = None
+
+
+class KvSpace(Protocol):
+    """The keys and values of all rows of one piece, wherever they are."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "token head dim"],
+        key: Float[Tensor, "token kv dim"],
+        value: Float[Tensor, "token kv dim"] | None,
+        *,
+        scale: float,
+        sinks: Float[Tensor, " head"] | None = None,
+    ) -> Float[Tensor, "token head value_dim"]:
+        """Keep the new keys and values, then let every token ask those of its row up to itself.
+
+        Heads [i * head / kv, (i + 1) * head / kv) ask key head i. The group's window holds. `value`: None where the
+        group has a `value_dim`. `sinks`: one more score per head in the softmax, with no value (GPT-OSS).
+        """
+        ...
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What the engine asks of a language model."""
+
+    @property
+    def spec(self) -> LanguageSpec:
+        """Sizes and limits."""
+        ...
+
+    @property
+    def groups(self) -> tuple[KvGroup, ...]:
+        """Every layer is in exactly one."""
+        ...
+
+    def embed(self, token_ids: Int[Tensor, " token"]) -> Float[Tensor, "token width"]:
+        """The hidden states that go into layer 0."""
+        ...
+
+    def run(
+        self,
+        hidden: Float[Tensor, "token width"],
+        positions: Int[Tensor, " token"],
+        kv: KvSpace,
+        layers: range,
+    ) -> Float[Tensor, "token width"]:
+        """Through these layers. Layers may be cut anywhere: what comes out of one call goes into the next."""
+        ...
+
+    def logits(self, hidden: Float[Tensor, "token width"]) -> Float[Tensor, "token vocab"]:
+        """float32 scores of the next token, of hidden states that went through all layers."""
+        ...
