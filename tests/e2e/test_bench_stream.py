@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ganglion.bench import moving
 from ganglion.bench.cosim import Cosim, CostTable, Flight
 from ganglion.bench.stream import Decision, Stream
 from ganglion.config import PipelineConfig
@@ -77,3 +78,10 @@ def test_cosimulated_chunks_come_when_their_pieces_cost_says(
     assert len(steady) >= 4
     np.testing.assert_allclose(steady, interval_ms, atol=12.5, err_msg="but for the next tick")
     assert result.num_errors == 0
+
+
+def test_moving_flies_what_pipeline_measured() -> None:
+    result = moving.run(quick=True, seed=0)
+    assert result.n == 2
+    assert set(result.detail["success"]) == {"B0", "n=3 public, warm start 0.6"}
+    assert result.metrics["rate_ratio"] > 1

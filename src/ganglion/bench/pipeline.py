@@ -99,18 +99,18 @@ def run(*, quick: bool, seed: int) -> BenchResult:
     b0 = max(("B0, 1 threads", "B0, 2 threads"), key=rates.__getitem__)
     torch.set_num_threads(1 if b0 == "B0, 1 threads" else 2)
     table = measured_costs(model, frames, num_rounds=2 if quick else 15)
-    tables = {lanes: _with_overheads(table, model, rates, b0, lanes) for lanes in LANES}
-    best = {way.name: _best_lanes(way.name, rates) for way in chosen[1:]}
+    tables = {lanes: with_overheads(table, model, rates, b0, lanes) for lanes in LANES}
+    best = {way.name: best_lanes(way.name, rates) for way in chosen[1:]}
     success = fly_all(chosen, best, table, tables, dtype, seeds=1 if quick else 6, quick=quick)
     return _result(model, streams, rates, b0, table, success, chosen, seed=seed, dtype=dtype)
 
 
-def _best_lanes(way: str, rates: Mapping[str, float]) -> str:
+def best_lanes(way: str, rates: Mapping[str, float]) -> str:
     """The split of the cores that serves it best."""
     return max(LANES, key=lambda lanes: rates[f"{way}, {lanes}"])
 
 
-def _with_overheads(
+def with_overheads(
     table: CostTable, model: Model, rates: Mapping[str, float], b0: str, lanes: str
 ) -> CostTable:
     """What two busy cores take from each other, and what n = 1 takes over the bare stages."""
@@ -201,7 +201,7 @@ class Order:
 
 def fly_all(
     chosen: Sequence[Way],
-    best_lanes: Mapping[str, str],
+    lanes_of: Mapping[str, str],
     bare: CostTable,
     tables: Mapping[str, CostTable],
     dtype: str,
@@ -214,12 +214,12 @@ def fly_all(
     Degrees that keep the same number of chunks under way fly the same episodes: once is enough.
     """
     tasks = TASKS[:1] if quick else TASKS
-    twins = {way.name: _first_alike(way, chosen, best_lanes) for way in chosen}
+    twins = {way.name: _first_alike(way, chosen, lanes_of) for way in chosen}
     orders = [
         Order(
             way=way,
-            table=tables[best_lanes[way.name]] if way.name in best_lanes else bare,
-            num_lanes=len(LANES[best_lanes[way.name]]) if way.name in best_lanes else 1,
+            table=tables[lanes_of[way.name]] if way.name in lanes_of else bare,
+            num_lanes=len(LANES[lanes_of[way.name]]) if way.name in lanes_of else 1,
             dtype=dtype,
             task=task,
             seeds=tuple(UNSEEN_SEEDS)[:seeds],
@@ -236,11 +236,11 @@ def fly_all(
     return {name: results[twin] for name, twin in twins.items()}
 
 
-def _first_alike(way: Way, chosen: Sequence[Way], best_lanes: Mapping[str, str]) -> str:
+def _first_alike(way: Way, chosen: Sequence[Way], lanes_of: Mapping[str, str]) -> str:
     """The first way that launches its chunks just as this one does."""
 
     def alike(other: Way) -> tuple[object, ...]:
-        pipeline, lanes = other.pipeline, best_lanes[other.name]
+        pipeline, lanes = other.pipeline, lanes_of[other.name]
         steps = NUM_FLOW_STEPS - round(pipeline.warm_start * NUM_FLOW_STEPS)
         is_overlapped = pipeline.degree > steps and len(LANES[lanes]) > 1
         between = -(-steps // pipeline.degree)
@@ -292,7 +292,7 @@ def _result(
     dtype: str,
 ) -> BenchResult:
     def best_lane(way: str) -> str:
-        return f"{way}, {_best_lanes(way, rates)}"
+        return f"{way}, {best_lanes(way, rates)}"
 
     def age_p99(name: str) -> float:
         return float(np.percentile(merged(streams[name], Stream.ages_ms), 99))
