@@ -41,11 +41,13 @@ class KvSpace(Protocol):
         *,
         scale: float,
         sinks: Float[Tensor, " head"] | None = None,
+        softcap: float | None = None,
     ) -> Float[Tensor, "token head value_dim"]:
         """Keep the new keys and values, then let every token ask those of its row up to itself.
 
         Heads [i * head / kv, (i + 1) * head / kv) ask key head i. The group's window holds. `value`: None where the
-        group has a `value_dim`. `sinks`: one more score per head in the softmax, with no value (GPT-OSS).
+        group has a `value_dim`. `sinks`: one more score per head in the softmax, with no value (GPT-OSS). `softcap`: scaled
+        scores pass through softcap * tanh(score / softcap) before the mask (Gemma 2).
         """
         ...
 

@@ -1,0 +1,260 @@
+"""Decoder: one LanguageModel for all families whose differences are switches of a DecoderSpec.
+
+Made by `decoder_load` (or with random weights, by training), driven by the engine. Knows no page: attention goes through
+KvSpace. Dimension names: token (of all rows), width, head, kv (key and value heads), dim, half, vocab.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ganglion.generation import LanguageSpec
+from ganglion.layout import DTYPE_BYTES, PageKind, PageLayout
+from ganglion.models.decoder_spec import Activation, DecoderSpec, QkNorm
+from ganglion.models.language import KvGroup, KvSpace
+from ganglion.models.layers import Linear
+from ganglion.models.rotary import Rotation, frequencies, rotate, rotation
+
+_MAX_SLOTS = 16
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.SILU: functional.silu,
+    Activation.GELU: functional.gelu,
+    Activation.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+
+class RmsNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in float32 up to the last rounding."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self._eps = eps
+
+    def forward(self, x: Float[Tensor, "*b width"]) -> Float[Tensor, "*b width"]:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
+        return (wide * self.weight.float()).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped keys; query, key and value come out of one product."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        heads, kv, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self._sizes = (heads * dim, kv * dim, kv * dim)
+        self._head_dim, self._scale = dim, spec.attention_scale
+        self._softcap, self._clip, self._qk_norm = (
+            spec.attention_softcap,
+            spec.qkv_clip,
+            spec.qk_norm,
+        )
+        self.qkv = Linear(spec.width, sum(self._sizes), bias=spec.has_qkv_bias)
+        self.out = Linear(heads * dim, spec.width, bias=spec.has_out_bias)
+        if spec.qk_norm != QkNorm.NONE:
+            is_per_head = spec.qk_norm == QkNorm.HEAD
+            self.q_norm = RmsNorm(dim if is_per_head else heads * dim, spec.norm_eps)
+            self.k_norm = RmsNorm(dim if is_per_head else kv * dim, spec.norm_eps)
+        self.sinks = nn.Parameter(torch.zeros(heads)) if spec.has_sinks else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "token width"],
+        by: Rotation | None,
+        kv: KvSpace,
+        layer: int,
+    ) -> Float[Tensor, "token width"]:
+        query, key, value = self.qkv(x).split(self._sizes, dim=-1)
+        if self._qk_norm == QkNorm.ALL:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self._clip is not None:
+            query, key, value = (
+                part.clamp(-self._clip, self._clip) for part in (query, key, value)
+            )
+        query, key, value = (
+            part.unflatten(-1, (-1, self._head_dim)) for part in (query, key, value)
+        )
+        if self._qk_norm == QkNorm.HEAD:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if by is not None:
+            query, key = rotate(query, by), rotate(key, by)
+        attended = kv.attend(
+            layer, query, key, value, scale=self._scale, sinks=self.sinks, softcap=self._softcap
+        )
+        out: Tensor = self.out(attended.flatten(1))
+        return out
+
+
+class GatedMlp(nn.Module):
+    """down(activation(gate(x)) * up(x)), gate and up in one product."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.gate_up = Linear(spec.width, 2 * spec.mlp_width, bias=spec.has_mlp_bias)
+        self.down = Linear(spec.mlp_width, spec.width, bias=spec.has_mlp_bias)
+        self._activation = _ACTIVATIONS[spec.activation]
+
+    def forward(self, x: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(self._activation(gate) * up)
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each with a second norm behind it where the family has one."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+
+        def norm() -> RmsNorm:
+            return RmsNorm(spec.width, spec.norm_eps)
+
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.attention = Attention(spec)
+        self.mlp = GatedMlp(spec)
+        self.attention_post_norm = norm() if spec.has_post_norms else None
+        self.mlp_post_norm = norm() if spec.has_post_norms else None
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "token width"],
+        by: Rotation | None,
+        kv: KvSpace,
+        layer: int,
+    ) -> Float[Tensor, "token width"]:
+        out: Tensor = self.attention(self.attention_norm(hidden), by, kv, layer)
+        if self.attention_post_norm is not None:
+            out = self.attention_post_norm(out)
+        hidden = hidden + out
+        out = self.mlp(self.mlp_norm(hidden))
+        if self.mlp_post_norm is not None:
+            out = self.mlp_post_norm(out)
+        return hidden + out
+
+
+class Decoder(nn.Module):
+    """A LanguageModel. Weights are random until a loader fills them; `dtype` is that of pages too."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        *,
+        name: str,
+        version: str,
+        dtype: torch.dtype,
+        max_page_bytes: int = 1 << 20,
+    ) -> None:
+        super().__init__()
+        self.decoder_spec = spec
+        self._dtype = dtype
+        dtype_name = str(dtype).removeprefix("torch.")
+        self._spec = LanguageSpec(
+            name=name,
+            family=spec.family,
+            version=version,
+            vocab_size=spec.vocab_size,
+            max_tokens=spec.max_tokens,
+            num_layers=spec.num_layers,
+            width=spec.width,
+            eos_ids=spec.eos_ids,
+            dtype=dtype_name,
+        )
+        self._groups = kv_groups(spec, name=name, dtype=dtype_name, max_page_bytes=max_page_bytes)
+        self._ropes = tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
+        with torch.device("cpu"):  # also where the weights are only promised
+            self._frequencies = tuple(frequencies(rope) for rope in self._ropes)
+        self.embedding = nn.Embedding(spec.vocab_size, spec.width)
+        self.layers = nn.ModuleList(DecoderLayer(spec) for _ in spec.layers)
+        self.norm = RmsNorm(spec.width, spec.norm_eps)
+        self.head = Linear(spec.width, spec.vocab_size, bias=False)
+        if spec.is_tied:
+            self.head.weight = self.embedding.weight
+
+    @property
+    def spec(self) -> LanguageSpec:
+        """As LanguageModel.spec."""
+        return self._spec
+
+    @property
+    def groups(self) -> tuple[KvGroup, ...]:
+        """As LanguageModel.groups."""
+        return self._groups
+
+    def embed(self, token_ids: Int[Tensor, " token"]) -> Float[Tensor, "token width"]:
+        """As LanguageModel.embed."""
+        hidden: Tensor = self.embedding(token_ids)
+        scale = self.decoder_spec.embedding_scale
+        # Gemma was trained with a scale rounded to its dtype
+        return hidden if scale == 1.0 else hidden * torch.tensor(scale, dtype=hidden.dtype)
+
+    def run(
+        self,
+        hidden: Float[Tensor, "token width"],
+        positions: Int[Tensor, " token"],
+        kv: KvSpace,
+        layers: range,
+    ) -> Float[Tensor, "token width"]:
+        """As LanguageModel.run."""
+        specs = self.decoder_spec.layers
+        rotations = {
+            rope: rotation(frequency, positions, amplitude=rope.amplitude, dtype=hidden.dtype)
+            for rope, frequency in zip(self._ropes, self._frequencies, strict=True)
+        }
+        for layer in layers:
+            rope = specs[layer].rope
+            hidden = self.layers[layer](
+                hidden, None if rope is None else rotations[rope], kv, layer
+            )
+        return hidden
+
+    def logits(self, hidden: Float[Tensor, "token width"]) -> Float[Tensor, "token vocab"]:
+        """As LanguageModel.logits."""
+        scores: Tensor = self.head(self.norm(hidden)).float()
+        cap = self.decoder_spec.logit_softcap
+        return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+def kv_groups(
+    spec: DecoderSpec, *, name: str, dtype: str, max_page_bytes: int
+) -> tuple[KvGroup, ...]:
+    """Layers with equal windows share pages, as many slots of them as `max_page_bytes` holds.
+
+    Names are "<name>.kv" and "<name>.kv-window". Where not even one slot of all these layers fits, they are spread over
+    several groups: "<name>.kv", "<name>.kv.1", ... Raises ValueError where one layer's slot does not fit.
+    """
+    slot_bytes = 2 * spec.num_kv_heads * spec.head_dim * DTYPE_BYTES[dtype]
+    max_layers = max_page_bytes // slot_bytes
+    if max_layers < 1:
+        raise ValueError(
+            f"keys and values of one token and one layer take {slot_bytes} bytes, a page at most {max_page_bytes}"
+        )
+    groups: list[KvGroup] = []
+    order = sorted(range(spec.num_layers), key=lambda layer: spec.layers[layer].window or 0)
+    for window, members in groupby(order, key=lambda layer: spec.layers[layer].window):
+        layers = tuple(members)
+        base = f"{name}.kv" if window is None else f"{name}.kv-window"
+        num_groups = -(-len(layers) // max_layers)
+        for part, chosen in enumerate(_split(layers, num_groups)):
+            slots = _MAX_SLOTS
+            while slots * len(chosen) * slot_bytes > max_page_bytes:
+                slots //= 2
+            layout = PageLayout(
+                name=base if part == 0 else f"{base}.{part}",
+                kind=PageKind.KV,
+                shape=(len(chosen), 2, slots, spec.num_kv_heads, spec.head_dim),
+                dtype=dtype,
+                slots=slots,
+            )
+            groups.append(KvGroup(layout=layout, layers=chosen, window=window))
+    return tuple(groups)
+
+
+def _split(layers: Sequence[int], num_parts: int) -> list[tuple[int, ...]]:
+    """Into parts whose sizes differ by at most one."""
+    bounds = [part * len(layers) // num_parts for part in range(num_parts + 1)]
+    return [tuple(layers[low:high]) for low, high in pairwise(bounds)]

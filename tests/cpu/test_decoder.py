@@ -1,0 +1,151 @@
+"""The decoder against transformers: the same folder, the same tokens, for every family and its switches."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from ganglion.models.decoder_load import load_language
+from ganglion.models.dense_kv import DenseKv
+from ganglion.models.language import LanguageModel
+
+NUM_PROMPT, NUM_NEW = 19, 64
+BASE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 42,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"head_dim": 10}),
+    "llama-one-kv": (
+        "Llama",
+        {"hidden_size": 50, "num_attention_heads": 5, "num_key_value_heads": 1},
+    ),
+    "llama-biases-tied": (
+        "Llama",
+        {"head_dim": 8, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "llama3-rope": ("Llama", {"head_dim": 12, "rope_parameters": LLAMA3}),
+    "llama-linear-rope": (
+        "Llama",
+        {"head_dim": 8, "rope_parameters": {"rope_type": "linear", "factor": 3.0}},
+    ),
+    "llama-yarn": ("Llama", {"head_dim": 16, "rope_parameters": YARN}),
+    "llama-dynamic": (
+        "Llama",
+        {"head_dim": 8, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+    ),
+    "mistral": ("Mistral", {"head_dim": 10, "sliding_window": 7}),
+    "mistral-full": ("Mistral", {"head_dim": 10, "sliding_window": None}),
+    "qwen2": ("Qwen2", {"hidden_size": 48, "tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2",
+        {
+            "hidden_size": 48,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 10}),
+    "qwen3-bias": ("Qwen3", {"head_dim": 6, "attention_bias": True, "hidden_act": "gelu"}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 12, "sliding_window": 9, "query_pre_attn_scalar": 20, "num_hidden_layers": 4},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 12,
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 20,
+            "num_hidden_layers": 7,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+}
+CLASSES = {"Gemma3Text": "Gemma3ForCausalLM"}
+
+
+def saved(folder: Path, case: str, *, seed: int = 0) -> Any:
+    """A transformers model with random weights, saved to `folder`."""
+    family, changes = CASES[case]
+    config = getattr(transformers, f"{family}Config")(**{**BASE, **changes})
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = getattr(transformers, CLASSES.get(family, f"{family}ForCausalLM"))(config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.normal_(std=0.3 if value.ndim == 1 else 1.0 / value.shape[-1] ** 0.5)
+            if "norm" in name and "gemma" not in case:
+                value += 1.0
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def fed(model: LanguageModel, kv: DenseKv, tokens: Tensor, *cuts: int) -> Tensor:
+    """Logits of the next tokens of one row, run in pieces of layers [0, cut), [cut, ...)."""
+    kv.extend((len(tokens),))
+    positions = torch.arange(kv.lengths[0] - len(tokens), kv.lengths[0])
+    hidden = model.embed(tokens)
+    bounds = (0, *cuts, model.spec.num_layers)
+    for low, high in itertools.pairwise(bounds):
+        hidden = model.run(hidden, positions, kv, range(low, high))
+    return model.logits(hidden)
+
+
+def assert_close(got: Tensor, want: Tensor) -> None:
+    error = (got - want).abs().max() / want.abs().max()
+    assert error < 1e-4, f"logits differ by {error:.2e} of the largest"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_transformers(case: str, tmp_path: Path) -> None:
+    theirs = saved(tmp_path, case)
+    ours = load_language(tmp_path, dtype=torch.float32, name="m")
+    tokens = torch.randint(3, BASE["vocab_size"], (1, NUM_PROMPT + NUM_NEW))
+    with torch.inference_mode():
+        want = theirs(tokens).logits[0]
+        assert_close(fed(ours, dense(ours), tokens[0]), want)
+        assert_close(fed(ours, dense(ours), tokens[0], 1, 2), want)
+        kv = dense(ours)
+        single = torch.cat([fed(ours, kv, token[None]) for token in tokens[0]])
+        assert_close(single, want)
+        kv = dense(ours)
+        parts = torch.cat([fed(ours, kv, part) for part in tokens[0].split(23)])
+        assert_close(parts, want)
+
+        prompt = tokens[:, :NUM_PROMPT]
+        whole = theirs.generate(
+            prompt, max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, do_sample=False, eos_token_id=-1
+        )
+        kv = dense(ours)
+        token, generated = prompt[0], []
+        for _ in range(NUM_NEW):
+            token = fed(ours, kv, token)[-1:].argmax(-1)
+            generated.append(int(token))
+    assert generated == whole[0, NUM_PROMPT:].tolist()
+
+
+def dense(model: LanguageModel) -> DenseKv:
+    return DenseKv(model.groups, num_rows=1, max_tokens=NUM_PROMPT + NUM_NEW)
