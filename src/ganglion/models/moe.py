@@ -1,0 +1,146 @@
+"""Mixture-of-experts layers. Called by `models.decoder`. Knows no page, request or position.
+
+`Moe` is the layer: a router, experts behind one hook (`ExpertBackend`), and the shared expert that some families have.
+Where the weights of experts live is the backend's business: `ResidentExperts` holds them as parameters. Sizes:
+`models.moe_spec`. Names in checkpoints: `models.moe_load`.
+
+Dimension names: token, width, k (experts of a token), expert, inner (width inside an expert), gate_up (2 * inner: first
+all of gate, then all of up), pair (token and one of its experts).
+"""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ganglion.models.moe_spec import Activation, GateSpec, MoeSpec, moe_spec
+from ganglion.models.router import Router
+
+__all__ = ["ExpertBackend", "GateSpec", "GatedMlp", "Moe", "MoeSpec", "ResidentExperts", "moe_spec"]
+
+
+@runtime_checkable
+class ExpertBackend(Protocol):
+    """Computes experts, wherever their weights are. The one hook under every mixture-of-experts layer."""
+
+    def experts(
+        self,
+        x: Float[Tensor, "token width"],
+        indices: Int[Tensor, "token k"],
+        weights: Float[Tensor, "token k"],
+        layer: int,
+    ) -> Float[Tensor, "token width"]:
+        """For each token the sum over its experts of weight * expert(x), in x's dtype. A token's experts differ."""
+        ...
+
+
+def gate(spec: GateSpec, gate_up: Float[Tensor, "*b gate_up"]) -> Float[Tensor, "*b inner"]:
+    """What goes into the projection down."""
+    gated, up = gate_up.chunk(2, dim=-1)
+    if spec.limit is not None:
+        gated = gated.clamp(max=spec.limit)
+        up = up.clamp(min=-spec.limit, max=spec.limit)
+        return (up + 1) * (gated * torch.sigmoid(gated * spec.alpha))
+    if spec.activation is Activation.SILU:
+        return functional.silu(gated) * up
+    approximation = "tanh" if spec.activation is Activation.GELU_TANH else "none"
+    return functional.gelu(gated, approximate=approximation) * up
+
+
+class GatedMlp(nn.Module):
+    """An expert that every token goes to."""
+
+    def __init__(self, spec: GateSpec, *, width: int, inner: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec = spec
+        self.gate_up_proj = nn.Linear(width, 2 * inner, bias=False, dtype=dtype)
+        self.down_proj = nn.Linear(inner, width, bias=False, dtype=dtype)
+
+    def forward(self, x: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
+        out: Tensor = self.down_proj(gate(self.spec, self.gate_up_proj(x)))
+        return out
+
+
+class ResidentExperts(nn.Module):
+    """All experts of one layer as parameters."""
+
+    def __init__(self, spec: MoeSpec, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.spec = spec
+        num_experts, width, inner = spec.router.num_experts, spec.width, spec.inner
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, width, dtype=dtype))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner, dtype=dtype))
+        self.gate_up_bias: nn.Parameter | None = None
+        self.down_bias: nn.Parameter | None = None
+        if spec.has_expert_bias:
+            self.gate_up_bias = nn.Parameter(torch.zeros(num_experts, 2 * inner, dtype=dtype))
+            self.down_bias = nn.Parameter(torch.zeros(num_experts, width, dtype=dtype))
+        nn.init.normal_(self.gate_up_proj, std=0.02)
+        nn.init.normal_(self.down_proj, std=0.02)
+
+    def experts(
+        self,
+        x: Float[Tensor, "token width"],
+        indices: Int[Tensor, "token k"],
+        weights: Float[Tensor, "token k"],
+        layer: int,
+    ) -> Float[Tensor, "token width"]:
+        """Pairs sorted by expert, two products for each expert that is used."""
+        assert layer == self.spec.layer, f"experts of layer {self.spec.layer}, asked for {layer}"
+        num_tokens, top_k = indices.shape
+        flat = indices.flatten()
+        order = flat.argsort(stable=True)
+        counts = flat.bincount(minlength=self.spec.router.num_experts).tolist()
+        pairs = x[order // top_k]
+        parts, start = [], 0
+        for expert, count in enumerate(counts):
+            if count:
+                parts.append(self._expert(expert, pairs[start : start + count]))
+                start += count
+        by_pair = torch.cat(parts)[order.argsort()].view(num_tokens, top_k, -1)
+        return (by_pair * weights[..., None]).sum(dim=1).to(x.dtype)
+
+    def _expert(self, expert: int, x: Float[Tensor, "pair width"]) -> Float[Tensor, "pair width"]:
+        up_bias = None if self.gate_up_bias is None else self.gate_up_bias[expert]
+        down_bias = None if self.down_bias is None else self.down_bias[expert]
+        gate_up = functional.linear(x, self.gate_up_proj[expert], up_bias)
+        return functional.linear(gate(self.spec.gate, gate_up), self.down_proj[expert], down_bias)
+
+
+class Moe(nn.Module):
+    """One layer: route, experts, shared expert. `experts`: where the weights are; None: `ResidentExperts` of its own.
+
+    `nn.Module.to(dtype)` is not needed: parameters are made in `dtype`, but those that the family keeps in float32.
+    """
+
+    def __init__(
+        self,
+        spec: MoeSpec,
+        *,
+        dtype: torch.dtype = torch.float32,
+        experts: ExpertBackend | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.router = Router(spec.router, width=spec.width, dtype=dtype)
+        self.experts: ExpertBackend = experts or ResidentExperts(spec, dtype=dtype)
+        self.shared: GatedMlp | None = None
+        self.shared_gate: nn.Linear | None = None
+        if spec.shared_inner:
+            self.shared = GatedMlp(
+                spec.gate, width=spec.width, inner=spec.shared_inner, dtype=dtype
+            )
+        if spec.is_shared_gated:
+            self.shared_gate = nn.Linear(spec.width, 1, bias=False, dtype=dtype)
+
+    def forward(self, x: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
+        weights, indices = self.router(x)
+        out = self.experts.experts(x, indices, weights, self.spec.layer)
+        if self.shared is None:
+            return out
+        shared: Tensor = self.shared(x)
+        if self.shared_gate is not None:
+            shared = self.shared_gate(x).sigmoid() * shared
+        return out + shared

@@ -1,0 +1,123 @@
+"""Mixture-of-experts layers against transformers' own modules, whatever form the checkpoint has."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ganglion.models.moe import Moe, MoeSpec, moe_spec
+from ganglion.models.moe_load import moe_parts
+
+pytestmark = pytest.mark.cpu
+
+SIZES: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "vocab_size": 11,
+    "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+SIGMOID = {"n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "n_shared_experts": 2,
+    "moe_intermediate_size": 13, "first_k_dense_replace": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5, "intermediate_size": 31}  # fmt: skip
+MLA = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 6,
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 13}),
+    "mixtral_gelu": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 7,
+        "hidden_act": "gelu_pytorch_tanh"}),
+    "qwen2_moe": ("qwen2_moe", {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 13,
+        "shared_expert_intermediate_size": 17, "norm_topk_prob": False}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 9, "num_experts_per_tok": 4, "moe_intermediate_size": 5,
+        "norm_topk_prob": True}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 6, "intermediate_size": 9, "num_key_value_heads": 4}),
+    "deepseek_v2": ("deepseek_v2", {**SIGMOID, **MLA, "norm_topk_prob": False, "topk_method": "greedy"}),
+    "deepseek_v2_groups": ("deepseek_v2", {**SIGMOID, **MLA, "norm_topk_prob": False,
+        "topk_method": "group_limited_greedy"}),
+    "deepseek_v3": ("deepseek_v3", {**SIGMOID, **MLA}),
+    "glm4_moe": ("glm4_moe", {**SIGMOID, "n_group": 1, "topk_group": 1}),
+    "dots1": ("dots1", {**SIGMOID, "norm_topk_prob": False}),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 10}),
+    "granitemoe": ("granitemoe", {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 9}),
+}  # fmt: skip
+LAYER = 1
+
+
+def oracle(case: str) -> tuple[nn.Module, dict[str, Any]]:
+    """transformers' block of layer 1 with random weights, and its config as saved."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    family, fields = CASES[case]
+    config = AutoConfig.for_model(family, **{**SIZES, **fields})
+    config._experts_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).eval()
+    layer = model.model.layers[LAYER]
+    block = layer.block_sparse_moe if family == "granitemoe" else layer.mlp
+    with torch.no_grad():
+        for tensor in [*block.parameters(), *block.buffers()]:
+            tensor.normal_(std=0.5)
+    saved: dict[str, Any] = json.loads(config.to_json_string())
+    return block, saved
+
+
+def stacked(spec: MoeSpec, block: nn.Module) -> dict[str, Tensor]:
+    """As transformers names them in memory, below the layer."""
+    root = "block_sparse_moe" if spec.family == "granitemoe" else "mlp"
+    return {f"{root}.{name}": tensor for name, tensor in block.state_dict().items()}
+
+
+def apart(spec: MoeSpec, block: nn.Module) -> dict[str, Tensor]:
+    """As published: one tensor for each expert and projection."""
+
+    def split() -> Iterator[tuple[str, Tensor]]:
+        is_mixtral = spec.family == "mixtral"
+        gate, up, down = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+        for name, tensor in stacked(spec, block).items():
+            if is_mixtral:
+                name = name.replace("mlp.", "block_sparse_moe.")
+            below, _, leaf = name.rpartition(".")
+            if leaf not in ("gate_up_proj", "down_proj"):
+                yield name, tensor
+                continue
+            for expert, weight in enumerate(tensor):
+                if leaf == "down_proj":
+                    yield f"{below}.{expert}.{down}.weight", weight
+                else:
+                    yield f"{below}.{expert}.{gate}.weight", weight[: spec.inner]
+                    yield f"{below}.{expert}.{up}.weight", weight[spec.inner :]
+
+    return dict(split())
+
+
+def load(spec: MoeSpec, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Moe:
+    """A layer with these weights; every tensor is used."""
+    moe = Moe(spec, dtype=dtype)
+    parts = moe_parts(spec, tensors)
+    assert {part.name for part in parts} == set(tensors)
+    for part in parts:
+        part.place(moe, tensors[part.name])
+    return moe
+
+
+def run(block: nn.Module, x: Tensor) -> Tensor:
+    out = block(x[None])
+    return (out[0] if isinstance(out, tuple) else out)[0]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 33])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_equals_transformers(case: str, num_tokens: int) -> None:
+    block, config = oracle(case)
+    spec = moe_spec(config, LAYER)
+    assert spec is not None
+    x = torch.randn(num_tokens, SIZES["hidden_size"])
+    expected = run(block, x)
+    forms = [stacked] if spec.family in ("gpt_oss", "granitemoe") else [stacked, apart]
+    for form in forms:
+        out = load(spec, form(spec, block))(x)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
