@@ -147,8 +147,12 @@ class Sampler:
         token_ids = self._draw(self._edited(logits, states, errors), states, errors)
         sampled = self._with_logprobs(logits, states, token_ids)
         for row, state in enumerate(states):
-            if row not in errors:
+            if row in errors:
+                continue
+            try:
                 state.accept(token_ids[row])
+            except GanglionError as error:
+                errors[row] = error
         return [errors.get(row, drawn) for row, drawn in enumerate(sampled)]
 
     def _edited(
@@ -167,8 +171,8 @@ class Sampler:
         if penalised:
             _penalise(logits, penalised, [states[row] for row in penalised])
         for row in biased:
-            ids = torch.from_numpy(states[row].bias_ids).to(logits.device)
-            logits[row, ids] += torch.from_numpy(states[row].bias_values).to(logits.device)
+            bias_ids = torch.from_numpy(states[row].bias_ids).to(logits.device)
+            logits[row, bias_ids] += torch.from_numpy(states[row].bias_values).to(logits.device)
         for row, stops in forbidden.items():
             logits[row, list(stops)] = -torch.inf
         for row in bound:
