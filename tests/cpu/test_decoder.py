@@ -83,6 +83,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": 5.0,
         },
     ),
+    "mixtral": ("Mixtral", {"head_dim": 10, "num_local_experts": 5, "sliding_window": 11}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            "hidden_size": 48,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 10,
+            "num_experts": 7,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "olmoe": (
+        "Olmoe",
+        {"hidden_size": 48, "num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 1.5},
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 9,
+            "rope_parameters": {**YARN, "truncate": False, "rope_theta": 1000.0},
+        },
+    ),
 }
 CLASSES = {"Gemma3Text": "Gemma3ForCausalLM"}
 
@@ -91,7 +128,7 @@ def saved(folder: Path, case: str, *, seed: int = 0) -> Any:
     """A transformers model with random weights, saved to `folder`."""
     family, changes = CASES[case]
     config = getattr(transformers, f"{family}Config")(**{**BASE, **changes})
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(seed)
     model = getattr(transformers, CLASSES.get(family, f"{family}ForCausalLM"))(config)
     with torch.no_grad():

@@ -14,9 +14,11 @@ from torch.nn import functional
 
 from ganglion.generation import LanguageSpec
 from ganglion.layout import DTYPE_BYTES, PageKind, PageLayout
-from ganglion.models.decoder_spec import Activation, DecoderSpec, QkNorm
+from ganglion.models.decoder_spec import DecoderSpec, LayerSpec, QkNorm
 from ganglion.models.language import KvGroup, KvSpace
 from ganglion.models.layers import Linear
+from ganglion.models.moe import Moe
+from ganglion.models.moe_spec import Activation
 from ganglion.models.rotary import Rotation, frequencies, rotate, rotation
 
 _MAX_SLOTS = 16
@@ -27,12 +29,17 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+def norm_dtype(spec: DecoderSpec, dtype: torch.dtype) -> torch.dtype:
+    """Shifted weights stay float32: one more than a small number does not fit into 8 bits."""
+    return torch.float32 if spec.norm_shift else dtype
+
+
 class RmsNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dim, in float32 up to the last rounding."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width, dtype=dtype))
         self._eps = eps
 
     def forward(self, x: Float[Tensor, "*b width"]) -> Float[Tensor, "*b width"]:
@@ -44,7 +51,7 @@ class RmsNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with grouped keys; query, key and value come out of one product."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, dtype: torch.dtype) -> None:
         super().__init__()
         heads, kv, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self._sizes = (heads * dim, kv * dim, kv * dim)
@@ -54,13 +61,17 @@ class Attention(nn.Module):
             spec.qkv_clip,
             spec.qk_norm,
         )
-        self.qkv = Linear(spec.width, sum(self._sizes), bias=spec.has_qkv_bias)
-        self.out = Linear(heads * dim, spec.width, bias=spec.has_out_bias)
+        self.qkv = Linear(spec.width, sum(self._sizes), bias=spec.has_qkv_bias, dtype=dtype)
+        self.out = Linear(heads * dim, spec.width, bias=spec.has_out_bias, dtype=dtype)
         if spec.qk_norm != QkNorm.NONE:
             is_per_head = spec.qk_norm == QkNorm.HEAD
-            self.q_norm = RmsNorm(dim if is_per_head else heads * dim, spec.norm_eps)
-            self.k_norm = RmsNorm(dim if is_per_head else kv * dim, spec.norm_eps)
-        self.sinks = nn.Parameter(torch.zeros(heads)) if spec.has_sinks else None
+            self.q_norm = RmsNorm(
+                dim if is_per_head else heads * dim, spec.norm_eps, norm_dtype(spec, dtype)
+            )
+            self.k_norm = RmsNorm(
+                dim if is_per_head else kv * dim, spec.norm_eps, norm_dtype(spec, dtype)
+            )
+        self.sinks = nn.Parameter(torch.zeros(heads, dtype=dtype)) if spec.has_sinks else None
 
     def forward(
         self,
@@ -93,10 +104,10 @@ class Attention(nn.Module):
 class GatedMlp(nn.Module):
     """down(activation(gate(x)) * up(x)), gate and up in one product."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_up = Linear(spec.width, 2 * spec.mlp_width, bias=spec.has_mlp_bias)
-        self.down = Linear(spec.mlp_width, spec.width, bias=spec.has_mlp_bias)
+        self.gate_up = Linear(spec.width, 2 * spec.mlp_width, bias=spec.has_mlp_bias, dtype=dtype)
+        self.down = Linear(spec.mlp_width, spec.width, bias=spec.has_mlp_bias, dtype=dtype)
         self._activation = _ACTIVATIONS[spec.activation]
 
     def forward(self, x: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
@@ -108,15 +119,15 @@ class GatedMlp(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward, each with a second norm behind it where the family has one."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec, dtype: torch.dtype) -> None:
         super().__init__()
 
         def norm() -> RmsNorm:
-            return RmsNorm(spec.width, spec.norm_eps)
+            return RmsNorm(spec.width, spec.norm_eps, norm_dtype(spec, dtype))
 
         self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention = Attention(spec)
-        self.mlp = GatedMlp(spec)
+        self.attention = Attention(spec, dtype)
+        self.mlp = GatedMlp(spec, dtype) if layer.moe is None else Moe(layer.moe, dtype=dtype)
         self.attention_post_norm = norm() if spec.has_post_norms else None
         self.mlp_post_norm = norm() if spec.has_post_norms else None
 
@@ -151,7 +162,6 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.decoder_spec = spec
-        self._dtype = dtype
         dtype_name = str(dtype).removeprefix("torch.")
         self._spec = LanguageSpec(
             name=name,
@@ -168,10 +178,10 @@ class Decoder(nn.Module):
         self._ropes = tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
         with torch.device("cpu"):  # also where the weights are only promised
             self._frequencies = tuple(frequencies(rope) for rope in self._ropes)
-        self.embedding = nn.Embedding(spec.vocab_size, spec.width)
-        self.layers = nn.ModuleList(DecoderLayer(spec) for _ in spec.layers)
-        self.norm = RmsNorm(spec.width, spec.norm_eps)
-        self.head = Linear(spec.width, spec.vocab_size, bias=False)
+        self.embedding = nn.Embedding(spec.vocab_size, spec.width, dtype=dtype)
+        self.layers = nn.ModuleList(DecoderLayer(spec, layer, dtype) for layer in spec.layers)
+        self.norm = RmsNorm(spec.width, spec.norm_eps, norm_dtype(spec, dtype))
+        self.head = Linear(spec.width, spec.vocab_size, bias=False, dtype=dtype)
         if spec.is_tied:
             self.head.weight = self.embedding.weight
 

@@ -7,8 +7,7 @@ of the mapped file.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,31 +18,22 @@ from torch import Tensor, nn
 
 from ganglion.errors import CheckpointError
 from ganglion.models.decoder import Decoder
-from ganglion.models.decoder_spec import DecoderSpec, QkNorm, read_decoder_spec
+from ganglion.models.decoder_spec import DecoderSpec, read_decoder_spec
+from ganglion.models.decoder_targets import Target, decoder_targets
 from ganglion.models.language import LanguageModel
+from ganglion.models.moe import Moe
+from ganglion.models.moe_load import Part, moe_parts
 from ganglion.models.weights import read_header
 
 _MAX_JSON_BYTES = 64 << 20
 _HASHED_BYTES = 1 << 16  # of the head, the middle and the tail of a shard
 _INDEX = "model.safetensors.index.json"
 
+_FLOATS = ("F32", "F16", "BF16")
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+
+Header = Mapping[str, tuple[str, tuple[int, ...]]]
 Progress = Callable[[int, int], None]  # bytes loaded, bytes in all
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One tensor of a checkpoint."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One of our parameters: sources one below the other (along dim 0), plus `shift`."""
-
-    sources: tuple[Source, ...]
-    shift: float = 0.0
 
 
 def load_language(
@@ -64,8 +54,9 @@ def load_language(
     )
     shards = _shards(folder)
     headers = {path: read_header(path) for path in shards}
-    targets = decoder_targets(spec)
-    places = _match(folder, spec, targets, headers)
+    names = frozenset(name for header in headers.values() for name in header)
+    targets, experts = decoder_targets(spec), _expert_parts(spec, names)
+    places = _match(folder, spec, _expected(targets, experts), headers)
     with torch.device("meta"):
         model = Decoder(
             spec,
@@ -74,8 +65,37 @@ def load_language(
             dtype=dtype,
             max_page_bytes=max_page_bytes,
         )
-    _fill(model, targets, places, dtype, on_progress)
-    return model.eval()
+    _fill(model, targets, experts, _Reader(places, headers, on_progress))
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def random_language(
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    name: str,
+    seed: int = 0,
+    max_page_bytes: int = 1 << 20,
+) -> LanguageModel:
+    """A model of this config.json's shape with random weights, and no file: for benches and tests.
+
+    Raises CheckpointError for a config that cannot be served.
+    """
+    spec = read_decoder_spec(config)
+    with torch.device("meta"):
+        model = Decoder(
+            spec, name=name, version=f"random-{seed}", dtype=dtype, max_page_bytes=max_page_bytes
+        )
+    generator = torch.Generator().manual_seed(seed)
+    model.to_empty(device="cpu")
+    if spec.is_tied:
+        model.head.weight = model.embedding.weight
+    for key, value in model.named_parameters():
+        if value.ndim == 1:
+            value.data.fill_(1.0 if "norm" in key else 0.0)
+        else:  # hidden states keep their size from layer to layer, whatever the width
+            value.data.normal_(std=value.shape[-1] ** -0.5, generator=generator)
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
@@ -89,100 +109,49 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def decoder_targets(spec: DecoderSpec) -> dict[str, Target]:
-    """Parameter name in Decoder -> what fills it, in a checkpoint of this spec's family."""
-    width, shift = spec.width, spec.norm_shift
-    table = Source("model.embed_tokens.weight", (spec.vocab_size, width))
-    targets = {
-        "embedding.weight": Target((table,)),
-        "norm.weight": Target((Source("model.norm.weight", (width,)),), shift),
-    }
-    if not spec.is_tied:
-        targets["head.weight"] = Target((Source("lm_head.weight", (spec.vocab_size, width)),))
-    for layer in range(spec.num_layers):
-        source, ours = f"model.layers.{layer}", f"layers.{layer}"
-        for part in (_norm_targets(spec), _attention_targets(spec), _mlp_targets(spec)):
-            for key, target in part.items():
-                sources = tuple(Source(f"{source}.{s.name}", s.shape) for s in target.sources)
-                targets[f"{ours}.{key}"] = Target(sources, target.shift)
-    return targets
+def _expert_parts(spec: DecoderSpec, names: Collection[str]) -> dict[int, tuple[Part, ...]]:
+    """Layer -> the tensors of its experts and router."""
+    parts: dict[int, tuple[Part, ...]] = {}
+    below: dict[str, set[str]] = {}
+    for name in names:
+        head, _, rest = name.removeprefix("model.layers.").partition(".")
+        below.setdefault(head, set()).add(rest)
+    for layer, layer_spec in enumerate(spec.layers):
+        if layer_spec.moe is not None:
+            parts[layer] = moe_parts(layer_spec.moe, below.get(str(layer), ()))
+    return parts
 
 
-def _norm_targets(spec: DecoderSpec) -> dict[str, Target]:
-    names = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    if spec.has_post_norms:
-        names |= {
-            "attention_post_norm": "post_attention_layernorm",
-            "mlp_norm": "pre_feedforward_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        }
-    return {
-        f"{ours}.weight": Target((Source(f"{theirs}.weight", (spec.width,)),), spec.norm_shift)
-        for ours, theirs in names.items()
-    }
-
-
-def _attention_targets(spec: DecoderSpec) -> dict[str, Target]:
-    inner, narrow = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    heights = {"q_proj": inner, "k_proj": narrow, "v_proj": narrow}
-    targets = _affine("attention.qkv", "self_attn", heights, spec.width, has_bias=spec.has_qkv_bias)
-    targets |= _affine(
-        "attention.out", "self_attn", {"o_proj": spec.width}, inner, has_bias=spec.has_out_bias
-    )
-    if spec.qk_norm != QkNorm.NONE:
-        is_per_head = spec.qk_norm == QkNorm.HEAD
-        for key, size in (("q_norm", inner), ("k_norm", narrow)):
-            shape = (spec.head_dim if is_per_head else size,)
-            targets[f"attention.{key}.weight"] = Target(
-                (Source(f"self_attn.{key}.weight", shape),), spec.norm_shift
-            )
-    if spec.has_sinks:
-        targets["attention.sinks"] = Target((Source("self_attn.sinks", (spec.num_heads,)),))
-    return targets
-
-
-def _mlp_targets(spec: DecoderSpec) -> dict[str, Target]:
-    heights = {"gate_proj": spec.mlp_width, "up_proj": spec.mlp_width}
-    targets = _affine("mlp.gate_up", "mlp", heights, spec.width, has_bias=spec.has_mlp_bias)
-    return targets | _affine(
-        "mlp.down", "mlp", {"down_proj": spec.width}, spec.mlp_width, has_bias=spec.has_mlp_bias
-    )
-
-
-def _affine(
-    ours: str, parent: str, heights: Mapping[str, int], low: int, *, has_bias: bool
-) -> dict[str, Target]:
-    """Linear layers of a checkpoint, one below the other, as one of ours."""
-    weights = tuple(Source(f"{parent}.{key}.weight", (high, low)) for key, high in heights.items())
-    targets = {f"{ours}.weight": Target(weights)}
-    if has_bias:
-        biases = tuple(Source(f"{parent}.{key}.bias", (high,)) for key, high in heights.items())
-        targets[f"{ours}.bias"] = Target(biases)
-    return targets
+def _expected(
+    targets: Mapping[str, Target], experts: Mapping[int, tuple[Part, ...]]
+) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Tensor name -> its shape, and whether it may hold packed bytes."""
+    expected = {s.name: (s.shape, False) for target in targets.values() for s in target.sources}
+    for layer, parts in experts.items():
+        for part in parts:
+            expected[f"model.layers.{layer}.{part.name}"] = (part.shape, True)
+    return expected
 
 
 def _match(
     folder: Path,
     spec: DecoderSpec,
-    targets: Mapping[str, Target],
-    headers: Mapping[Path, Mapping[str, tuple[str, tuple[int, ...]]]],
+    expected: Mapping[str, tuple[tuple[int, ...], bool]],
+    headers: Mapping[Path, Header],
 ) -> dict[str, Path]:
     """Tensor name -> shard, of all that will be read. Raises one error that counts all that differ."""
-    shapes = {name: shape for header in headers.values() for name, (_, shape) in header.items()}
-    expected = {
-        source.name: source.shape for target in targets.values() for source in target.sources
-    }
-    problems = [f"{name}: expected, but missing" for name in expected if name not in shapes]
-    problems += [
-        f"{name}: shape expected {shape}, got {shapes[name]}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    problems += [
-        f"{name}: unexpected"
-        for name in shapes
-        if name not in expected and not _is_derived(name, spec)
-    ]
+    got = {name: entry for header in headers.values() for name, entry in header.items()}
+    problems = [f"{name}: expected, but missing" for name in expected if name not in got]
+    for name, (dtype, shape) in got.items():
+        if name not in expected:
+            if not _is_ignored(name, spec):
+                problems.append(f"{name}: unexpected")
+            continue
+        wanted, may_be_bytes = expected[name]
+        if shape != wanted:
+            problems.append(f"{name}: shape expected {wanted}, got {shape}")
+        elif dtype not in _FLOATS and not (may_be_bytes and dtype == "U8"):
+            problems.append(f"{name}: dtype expected one of {', '.join(_FLOATS)}, got {dtype}")
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(
@@ -193,63 +162,80 @@ def _match(
     return {name: path for path, header in headers.items() for name in header if name in expected}
 
 
-def _is_derived(name: str, spec: DecoderSpec) -> bool:
-    """Tensors that old checkpoints hold although they follow from others."""
+def _is_ignored(name: str, spec: DecoderSpec) -> bool:
+    """Tensors that old checkpoints hold although they follow from others, and layers that predict further tokens."""
     is_tied_head = spec.is_tied and name == "lm_head.weight"
-    return is_tied_head or name.endswith("rotary_emb.inv_freq")
+    head, _, _ = name.removeprefix("model.layers.").partition(".")
+    is_beyond = head.isdecimal() and int(head) >= spec.num_layers and spec.num_extra_layers > 0
+    return is_tied_head or is_beyond or name.endswith("rotary_emb.inv_freq")
+
+
+class _Reader:
+    """Tensors of the mapped shards by name; counts the bytes it hands out."""
+
+    def __init__(
+        self,
+        places: Mapping[str, Path],
+        headers: Mapping[Path, Header],
+        on_progress: Progress | None,
+    ) -> None:
+        self._places, self._on_progress = places, on_progress
+        self._opened: dict[Path, Any] = {
+            path: safe_open(path, framework="pt") for path in set(places.values())
+        }
+        self._loaded_bytes = 0
+        self._total_bytes = sum(
+            prod(headers[path][name][1]) * _ITEM_BYTES[headers[path][name][0]]
+            for name, path in places.items()
+        )
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._opened[self._places[name]].get_tensor(name)
+        self._loaded_bytes += tensor.nbytes
+        return tensor
+
+    def report(self) -> None:
+        if self._on_progress is not None:
+            self._on_progress(self._loaded_bytes, self._total_bytes)
 
 
 def _fill(
-    model: nn.Module,
+    model: Decoder,
     targets: Mapping[str, Target],
-    places: Mapping[str, Path],
-    dtype: torch.dtype,
-    on_progress: Progress | None,
+    experts: Mapping[int, tuple[Part, ...]],
+    reader: _Reader,
 ) -> None:
-    item_bytes = dtype.itemsize
-    total_bytes = sum(
-        prod(source.shape) * item_bytes for target in targets.values() for source in target.sources
-    )
-    opened: dict[Path, Any] = {
-        path: safe_open(path, framework="pt") for path in set(places.values())
-    }
-    loaded_bytes = 0
     for name, target in targets.items():
-        parts = [opened[places[source.name]].get_tensor(source.name) for source in target.sources]
-        value = _joined(parts, target.shift, dtype)
-        _assign(model, name, value)
-        loaded_bytes += value.numel() * item_bytes
-        if on_progress is not None:
-            on_progress(loaded_bytes, total_bytes)
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        dtype = getattr(module, key).dtype
+        value = _joined([reader.read(source.name) for source in target.sources], target, dtype)
+        setattr(module, key, nn.Parameter(value, requires_grad=False))
+        reader.report()
+    if model.decoder_spec.is_tied:
+        model.head.weight = model.embedding.weight
+    for layer, parts in experts.items():
+        moe = model.get_submodule(f"layers.{layer}.mlp").to_empty(device="cpu")
+        assert isinstance(moe, Moe)
+        for part in parts:
+            part.place(moe, reader.read(f"model.layers.{layer}.{part.name}"))
+            reader.report()
     left = [name for name, value in model.named_parameters() if value.is_meta]
     assert not left, f"nothing fills {left}"
 
 
-def _joined(parts: list[Tensor], shift: float, dtype: torch.dtype) -> Tensor:
-    value = parts[0].to(dtype) if len(parts) == 1 else _stacked(parts, dtype)
-    # shifted weights stay float32: one more than a small number does not fit into 8 bits
-    return parts[0].float() + shift if shift else value
-
-
-def _stacked(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _joined(parts: list[Tensor], target: Target, dtype: torch.dtype) -> Tensor:
+    """One below the other. A lone tensor of the right dtype stays a view of the file."""
+    if target.shift:
+        return (parts[0].float() + target.shift).to(dtype)
+    if len(parts) == 1:
+        return parts[0].to(dtype)
     out = torch.empty((sum(len(part) for part in parts), *parts[0].shape[1:]), dtype=dtype)
     first = 0
     for part in parts:
         out[first : first + len(part)] = part
         first += len(part)
     return out
-
-
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
-    old = getattr(module, key)
-    assert old.shape == value.shape, f"{name}: {tuple(old.shape)} filled with {tuple(value.shape)}"
-    parameter = nn.Parameter(value, requires_grad=False)
-    for other in model.modules():  # a tied parameter has two owners
-        for other_key, other_value in list(other._parameters.items()):
-            if other_value is old:
-                other._parameters[other_key] = parameter
 
 
 def _shards(folder: Path) -> tuple[Path, ...]:

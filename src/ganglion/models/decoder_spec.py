@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from ganglion.errors import CheckpointError
+from ganglion.models.moe_spec import ACTIVATIONS, Activation, MoeSpec, moe_spec
 
 _MAX_SIZE = 1 << 24  # above it a number in a config is damage, not a size
 
@@ -50,28 +51,20 @@ class QkNorm(StrEnum):
     ALL = "all"  # all heads side by side
 
 
-class Activation(StrEnum):
-    """Of the gate in the feed-forward layer."""
-
-    SILU = "silu"
-    GELU = "gelu"
-    GELU_TANH = "gelu_tanh"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
-    """What differs from layer to layer. `rope` None: positions are not seen here."""
+    """What differs from layer to layer. `rope` None: positions are not seen here. `moe` None: dense."""
 
     window: int | None
     rope: RopeSpec | None
+    moe: MoeSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec:
-    """One decoder. `config` is the whole config.json, for parts that read their own keys (experts)."""
+    """One decoder."""
 
     family: str
-    config: Mapping[str, Any]
     vocab_size: int
     width: int
     num_heads: int
@@ -96,6 +89,9 @@ class DecoderSpec:
     embedding_scale: float = 1.0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    num_extra_layers: int = (
+        0  # stored behind the last layer, predict further tokens, are not served
+    )
 
     @property
     def num_layers(self) -> int:
@@ -115,13 +111,19 @@ def read_decoder_spec(
     family = config.get("model_type")
     if family not in FAMILIES:
         raise _unsupported(source, config)
-    if config.get("quantization_config") is not None:
+    quantised = config.get("quantization_config")
+    is_packed_fp4 = isinstance(quantised, Mapping) and quantised.get("quant_method") == "mxfp4"
+    if quantised is not None and not (family == "gpt_oss" and is_packed_fp4):
         raise CheckpointError(
             f"{source}: quantization_config: expected none, got weights stored as "
-            f"{_named(config['quantization_config'])}",
+            f"{_named(quantised)}",
             next_step="use the folder with the unquantised weights (bfloat16 or float32)",
         )
     spec = FAMILIES[str(family)](reader, _read_common(str(family), reader, eos_ids))
+    layers = tuple(
+        replace(layer, moe=moe_spec(config, index)) for index, layer in enumerate(spec.layers)
+    )
+    spec = replace(spec, layers=layers)
     if spec.num_heads % spec.num_kv_heads:
         raise CheckpointError(
             f"{source}: num_attention_heads: expected a multiple of num_key_value_heads = "
@@ -137,7 +139,6 @@ def _read_common(family: str, reader: "_Reader", eos_ids: tuple[int, ...]) -> De
     rope = read_rope(reader, reader.rope_parameters(), head_dim, max_tokens)
     return DecoderSpec(
         family=family,
-        config=reader.config,
         vocab_size=reader.size("vocab_size"),
         width=width,
         num_heads=num_heads,
@@ -239,6 +240,45 @@ def _gemma(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
     )
 
 
+def _mixtral(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+    window = reader.window("sliding_window", 4096) if "sliding_window" in reader.config else None
+    return _windowed(spec, [True] * spec.num_layers, window)
+
+
+def _qwen2_moe(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+    has_bias = reader.flag("qkv_bias", default=True)
+    if reader.flag("use_sliding_window", default=False):
+        last = reader.integer("max_window_layers", 28)
+        is_windowed = reader.windowed_layers(
+            [layer % 2 == 0 and layer < last for layer in range(spec.num_layers)]
+        )
+        spec = _windowed(spec, is_windowed, reader.window("sliding_window", 4096))
+    return replace(spec, has_qkv_bias=has_bias)
+
+
+def _qwen3_moe(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+    if reader.flag("use_sliding_window", default=False):
+        window = reader.window("sliding_window", 4096)
+        spec = _windowed(spec, [True] * spec.num_layers, window)
+    return replace(_llama(reader, spec), has_mlp_bias=False, qk_norm=QkNorm.HEAD)
+
+
+def _olmoe(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+    return replace(
+        _llama(reader, spec),
+        has_mlp_bias=False,
+        qk_norm=QkNorm.ALL,
+        qkv_clip=reader.optional("clip_qkv", None),
+    )
+
+
+def _gpt_oss(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+    is_windowed = reader.windowed_layers([layer % 2 == 0 for layer in range(spec.num_layers)])
+    spec = _windowed(spec, is_windowed, reader.window("sliding_window", 128))
+    has_bias = reader.flag("attention_bias", default=True)
+    return replace(spec, has_qkv_bias=has_bias, has_out_bias=has_bias, has_sinks=True)
+
+
 def _windowed(spec: DecoderSpec, is_windowed: list[bool], window: int | None) -> DecoderSpec:
     layers = tuple(
         replace(layer, window=window if flag else None)
@@ -254,6 +294,11 @@ FAMILIES: dict[str, Callable[["_Reader", DecoderSpec], DecoderSpec]] = {
     "qwen3": _qwen3,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+    "olmoe": _olmoe,
+    "gpt_oss": _gpt_oss,
 }
 
 
@@ -361,16 +406,9 @@ class _Reader:
 
     def activation(self, key: str, default: str) -> Activation:
         value = self._value(key, default)
-        names = {
-            "silu": Activation.SILU,
-            "swish": Activation.SILU,
-            "gelu": Activation.GELU,
-            "gelu_pytorch_tanh": Activation.GELU_TANH,
-            "gelu_new": Activation.GELU_TANH,
-        }
-        if value not in names:
-            raise self._wrong(key, f"one of {', '.join(names)}", value)
-        return names[value]
+        if value not in ACTIVATIONS:
+            raise self._wrong(key, f"one of {', '.join(ACTIVATIONS)}", value)
+        return ACTIVATIONS[value]
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         value = self.config.get(key)
