@@ -334,13 +334,8 @@ def _penalise(logits: Tensor, rows: Sequence[int], states: Sequence[SamplerState
     lengths = [len(ids) for ids, _ in seen]
     numbers = np.repeat(
         [
-            (
-                row,
-                state.sampling.repetition_penalty,
-                state.sampling.frequency_penalty,
-                state.sampling.presence_penalty,
-            )
-            for row, state in zip(rows, states, strict=True)
+            (row, one.repetition_penalty, one.frequency_penalty, one.presence_penalty)
+            for row, one in zip(rows, [state.sampling for state in states], strict=True)
         ],
         lengths,
         axis=0,
@@ -367,16 +362,15 @@ def _constrain(row: Tensor, state: SamplerState) -> None:
 
 
 def _rules(states: Sequence[SamplerState], logits: Tensor) -> Truncation:
-    vocab_size = logits.shape[-1]
+    vocab_size, asked = logits.shape[-1], [state.sampling for state in states]
     numbers = torch.tensor(
         [
-            (s.temperature, s.top_p, s.min_p, state.uniform())
-            for state in states
-            for s in (state.sampling,)
+            (one.temperature, one.top_p, one.min_p, state.uniform())
+            for state, one in zip(states, asked, strict=True)
         ],
         dtype=torch.float64,
     ).to(logits.device)
-    top_k = [min(state.sampling.top_k or vocab_size, vocab_size) for state in states]
+    top_k = [min(one.top_k or vocab_size, vocab_size) for one in asked]
     temperature, top_p, min_p, uniform = numbers.T
     return Truncation(
         temperature=temperature,

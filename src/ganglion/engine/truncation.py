@@ -1,24 +1,28 @@
 """Temperature, top-k, top-p and min-p, and one draw per row from what they leave. Called by engine.sampler.
 
-Pure functions of logits and numbers. Knows no choices, tokens so far or grammars. Dimension names: row, vocab.
+Pure functions of logits and numbers. Knows no choices, tokens so far or grammars. Dimension names: row, vocab, span (of
+_SPAN tokens), candidate.
 
-Each rule is a floor under the scaled logits, so no row is sorted: the most likely tokens almost always settle the floor,
-and a row that they do not settle is sorted alone. Rules and their order are those of transformers (temperature, top-k, top-p, min-p; ties
-with the last kept token are kept), to the rounding of sums.
+Each rule is a floor under the scaled logits, so a vocabulary is never sorted where its few most likely tokens settle the
+floor. Rules and order are those of transformers (temperature, top-k, top-p, min-p; ties with the last kept token are kept), to the rounding
+of sums. A row's result is the same whatever rows are beside it.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 NUM_CANDIDATES = 256  # most likely tokens that are looked at first
-_SPAN = 64  # tokens summed as one in a draw over the whole vocabulary
+_SPAN = 64  # tokens that are summed, or whose largest is sought, as one
+_CACHED_LOGITS = 1 << 19  # rows of so many logits at once stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truncation:
-    """Numbers per row, each float64 [row] or int64 [row] on the logits' device.
+    """Numbers per row: float64 [row] each, `top_k` int64 [row], on the logits' device.
 
     `top_k`: the vocabulary's size where there is none. `uniform` in [0, 1) decides the draw.
     """
@@ -29,7 +33,7 @@ class Truncation:
     min_p: Tensor
     uniform: Tensor
 
-    def of(self, rows: Tensor) -> "Truncation":
+    def of(self, rows: Tensor | slice) -> "Truncation":
         """These rows only."""
         return Truncation(
             temperature=self.temperature[rows],
@@ -42,63 +46,102 @@ class Truncation:
 
 def draw_rows(logits: Tensor, rules: Truncation) -> Tensor:
     """One token id per row of `logits` [row, vocab] float32, whose largest is finite: int64 [row]."""
-    vocab_size = logits.shape[-1]
-    scaled = logits - logits.amax(-1, keepdim=True)
-    scaled /= rules.temperature.to(scaled.dtype)[:, None]
-    floor = rules.min_p.log()
-    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    is_open = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    is_cut = (rules.top_k < vocab_size) | (rules.top_p < 1.0)
-    if bool(is_cut.any()):
-        rows = is_cut.nonzero()[:, 0]
-        top, top_ids = scaled[rows].topk(min(NUM_CANDIDATES, vocab_size), dim=-1)
-        cut, is_settled = _floors(scaled[rows], top, rules.of(rows))
-        for i in (~is_settled).nonzero()[:, 0].tolist():
-            row = rows[i : i + 1]
-            ordered = scaled[row].sort(dim=-1, descending=True).values
-            cut[i : i + 1] = _floors(scaled[row], ordered, rules.of(row))[0]
-        floor[rows] = torch.maximum(floor[rows], cut)
-        is_inside = top[:, -1] < floor[rows]
-        inside = rows[is_inside]
-        token_ids[inside] = _draw_among(
-            top[is_inside], top_ids[is_inside], floor[inside], rules.uniform[inside]
-        )
-        is_open[inside] = False
-    if bool(is_open.all()):
-        return _draw_whole(scaled, floor, rules.uniform)
+    num_rows, vocab_size = logits.shape
+    num_spans = -(-vocab_size // _SPAN)
+    is_cpu = logits.device.type == "cpu"
+    step = max(1, _CACHED_LOGITS // vocab_size) if is_cpu else num_rows
+    parts = []
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        padded = logits.new_full((len(logits[rows]), num_spans * _SPAN), -torch.inf)
+        scaled = padded[:, :vocab_size]
+        torch.sub(logits[rows], logits[rows].amax(-1, keepdim=True), out=scaled)
+        scaled /= rules.temperature[rows, None].float()
+        parts.append(_draw_some(padded.view(-1, num_spans, _SPAN), vocab_size, rules.of(rows)))
+    return torch.cat(parts)
+
+
+def _draw_some(spans: Tensor, vocab_size: int, rules: Truncation) -> Tensor:
+    """Token ids [row] of scaled logits [row, span, token of it], -inf past the vocabulary."""
+    is_cut = (rules.top_k < vocab_size) | (rules.top_p < 1.0) | (rules.min_p > 0.0)
+    if not bool(is_cut.any()):
+        return _draw_whole(spans, rules.uniform)
+    token_ids = torch.empty(len(spans), dtype=torch.int64, device=spans.device)
+    is_open = ~is_cut
+    rows = is_cut.nonzero()[:, 0]
+    rules_cut = rules.of(rows)
+    spans_cut = spans if len(rows) == len(spans) else spans[rows]
+    top, top_ids = _candidates(spans_cut)
+    floor = _floors(spans_cut, top, vocab_size, rules_cut)
+    is_inside = top[:, -1] < floor
+    inside = rows[is_inside]
+    token_ids[inside] = _draw_among(
+        top[is_inside], top_ids[is_inside], floor[is_inside], rules.uniform[inside]
+    )
+    for i in (~is_inside).nonzero()[:, 0].tolist():
+        row = int(rows[i])
+        spans[row].masked_fill_(spans[row] < floor[i], -torch.inf)
+        is_open[row] = True
     rest = is_open.nonzero()[:, 0]
     if len(rest):
-        token_ids[rest] = _draw_whole(scaled[rest], floor[rest], rules.uniform[rest])
+        token_ids[rest] = _draw_whole(spans[rest], rules.uniform[rest])
     return token_ids
 
 
-def _floors(scaled: Tensor, top: Tensor, rules: Truncation) -> tuple[Tensor, Tensor]:
-    """The scaled logit from which on top-k and top-p keep tokens, per row, and whether `top` sufficed to find it.
+def _candidates(spans: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest scaled logits [row, candidate] of each row, best first, and their ids.
 
-    `top`: the largest of `scaled` [row, vocab], best first.
+    Only the spans with the largest maxima can hold them. Where the last one is tied, which of the ties are among them
+    is arbitrary: a floor at their value must not be drawn from here.
     """
-    num_top, vocab_size = top.shape[-1], scaled.shape[-1]
-    has_k = rules.top_k < vocab_size
+    num_rows, num_spans, _ = spans.shape
+    num_best = min(NUM_CANDIDATES, num_spans)
+    best = spans.amax(-1).topk(num_best, dim=-1, sorted=False).indices
+    near = spans.gather(1, best[:, :, None].expand(-1, -1, _SPAN)).view(num_rows, -1)
+    num_top = min(NUM_CANDIDATES, near.shape[-1])
+    top, place = near.topk(num_top, dim=-1)
+    return top, best.gather(-1, place // _SPAN) * _SPAN + place % _SPAN
+
+
+def _floors(spans: Tensor, top: Tensor, vocab_size: int, rules: Truncation) -> Tensor:
+    """The scaled logit from which on tokens are kept: float64 [row]."""
+    num_top = top.shape[-1]
+    has_k, has_p = rules.top_k < vocab_size, rules.top_p < 1.0
     kth = top.gather(-1, (rules.top_k.clamp(max=num_top) - 1)[:, None])[:, 0].double()
     floor = torch.where(has_k, kth, -torch.inf)
-    # Ties with the k-th are kept too, and count: below the candidates' last there must be no further one.
+    # What is tied with the k-th is kept and counts, so that there must be something below it.
     is_settled = ~has_k | ((rules.top_k <= num_top) & (top[:, -1] < floor))
-    if num_top == vocab_size:
-        is_settled = torch.ones_like(is_settled)
-    has_p = rules.top_p < 1.0
-    if not bool(has_p.any()):
-        return floor, is_settled
     weights = top.double().exp() * (top >= floor[:, None])
     mass = weights.sum(-1)
     whole = (~has_k & has_p).nonzero()[:, 0]
-    if len(whole) and num_top < vocab_size:
-        mass[whole] = scaled[whole].exp().sum(-1).double()
+    if len(whole):
+        mass[whole] = spans[whole].exp().sum(-1).double().sum(-1)
     num_short = (weights.cumsum(-1) < (rules.top_p * mass)[:, None]).sum(-1)
-    last = num_short.clamp(max=num_top - 1)
-    nucleus = top.gather(-1, last[:, None])[:, 0].double()
-    if num_top < vocab_size:
-        is_settled &= ~has_p | (num_short < num_top)
-    return torch.where(has_p, torch.maximum(floor, nucleus), floor), is_settled
+    nucleus = top.gather(-1, num_short.clamp(max=num_top - 1)[:, None])[:, 0].double()
+    is_settled &= ~has_p | (num_short < num_top)
+    floor = torch.where(has_p, torch.maximum(floor, nucleus), floor)
+    for i in (~is_settled).nonzero()[:, 0].tolist():
+        row = spans[i].view(-1)[:vocab_size].cpu().numpy()
+        floor[i] = _floor_of_many(row, int(rules.top_k[i]), float(rules.top_p[i]))
+    return torch.maximum(floor, rules.min_p.log())
+
+
+def _floor_of_many(row: npt.NDArray[np.float32], top_k: int, top_p: float) -> float:
+    """Top-k and top-p of scaled logits [vocab] whose candidates do not settle them: ever more of the row is sorted."""
+    kept = row
+    if top_k < len(row):
+        kept = row[row >= np.partition(row, len(row) - top_k)[len(row) - top_k]]
+    if top_p == 1.0:
+        return float(kept.min())
+    mass = np.exp(kept).sum(dtype=np.float64)
+    num_sorted = min(16 * NUM_CANDIDATES, len(kept))
+    while True:
+        largest = np.partition(kept, len(kept) - num_sorted)[len(kept) - num_sorted :]
+        largest = np.sort(largest)[::-1]
+        num_short = int((np.exp(largest.astype(np.float64)).cumsum() < top_p * mass).sum())
+        if num_short < num_sorted or num_sorted == len(kept):
+            return float(largest[min(num_short, num_sorted - 1)])
+        num_sorted = min(8 * num_sorted, len(kept))
 
 
 def _draw_among(top: Tensor, top_ids: Tensor, floor: Tensor, uniform: Tensor) -> Tensor:
@@ -111,25 +154,18 @@ def _draw_among(top: Tensor, top_ids: Tensor, floor: Tensor, uniform: Tensor) ->
     return ids.gather(-1, torch.searchsorted(sums, target[:, None], right=True))[:, 0]
 
 
-def _draw_whole(scaled: Tensor, floor: Tensor, uniform: Tensor) -> Tensor:
-    """A token of the whole vocabulary at or above the floor: first the span of tokens, then the token in it."""
-    num_rows, vocab_size = scaled.shape
-    num_spans = -(-vocab_size // _SPAN)
-    weights = scaled.new_zeros(num_rows, num_spans * _SPAN)
-    torch.exp(scaled, out=weights[:, :vocab_size])
-    if bool((floor > -torch.inf).any()):
-        weights[:, :vocab_size] *= scaled >= floor[:, None]
-    spans = weights.view(num_rows, num_spans, _SPAN)
-    sums = spans.sum(-1).double().cumsum(-1)
+def _draw_whole(spans: Tensor, uniform: Tensor) -> Tensor:
+    """A token of scaled logits [row, span, token of it]: first the span, then the token in it."""
+    weights = spans.exp()
+    sums = weights.sum(-1).double().cumsum(-1)
     target = _below(uniform * sums[:, -1], sums[:, -1])
     span = torch.searchsorted(sums, target[:, None], right=True)
     before = torch.where(span > 0, sums.gather(-1, (span - 1).clamp(min=0)), 0.0)[:, 0]
-    row = torch.arange(num_rows, device=scaled.device)
-    inner = spans[row, span[:, 0]].double().cumsum(-1)
+    inner = weights[torch.arange(len(spans), device=spans.device), span[:, 0]].double().cumsum(-1)
     rest = _below((target - before).clamp(min=0.0), inner[:, -1])
     return span[:, 0] * _SPAN + torch.searchsorted(inner, rest[:, None], right=True)[:, 0]
 
 
 def _below(target: Tensor, total: Tensor) -> Tensor:
-    """`target`, or the next number below `total`: a sum's rounding must not lead past the last token of any weight."""
+    """`target`, or the next number below `total`: rounding must not lead past the last token of any weight."""
     return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
