@@ -40,6 +40,10 @@ FROZEN = {
         *("--episodes", "--steps", "--until", "--eval-episodes", "--workers", "--seed"),
         "--log-level",
     ],
+    "plan": [
+        *("MODEL", "--context", "--rows", "--dtype", "--arena-bytes", "--measure", "--json"),
+        *SETTINGS,
+    ],
     "doctor": ["--json"],
     "bench": ["WHAT", "--quick", "--seed", "--out", "--log-level"],
 }

@@ -415,6 +415,51 @@ TRAIN = Command(
     ),
 )
 
+PLAN = Command(
+    name="plan",
+    summary="what a model needs here and how fast it can go, from its headers, before anything is loaded",
+    examples=(
+        "ganglion plan metaworld-ten",
+        "ganglion plan models/Qwen3-0.6B --context 8192 --rows 4",
+        "ganglion plan models/Qwen3-30B-A3B --json plan.json",
+    ),
+    target="ganglion.cli.plan:run",
+    groups=(
+        Group(
+            title="what",
+            flags=(
+                Flag(name="MODEL", help="checkpoint folder, or the name of a shipped model"),
+                Flag(
+                    name="--context",
+                    kind=int,
+                    metavar="N",
+                    help="tokens of a sequence (default: 2048, or what the model can)",
+                ),
+                Flag(
+                    name="--rows",
+                    kind=int,
+                    metavar="N",
+                    help="sequences, or robots, at once (default: 8)",
+                ),
+                DTYPE,
+                ARENA,
+            ),
+        ),
+        Group(
+            title="machine",
+            flags=(
+                Flag(
+                    name="--measure",
+                    is_switch=True,
+                    help="measure this machine again (a second; else it is done once and kept)",
+                ),
+                Flag(name="--json", help="write the plan to this file, too", metavar="FILE"),
+            ),
+        ),
+        _SETTINGS,
+    ),
+)
+
 DOCTOR = Command(
     name="doctor",
     summary="what works on this machine, and one line to fix what does not",
@@ -470,6 +515,7 @@ COMMANDS: dict[str, Command] = {
     "serve": SERVE,
     "run": RUN,
     "train": TRAIN,
+    "plan": PLAN,
     "doctor": DOCTOR,
     "bench": BENCH,
 }
