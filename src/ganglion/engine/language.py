@@ -1,0 +1,649 @@
+"""The language engine: requests for tokens, advanced one forward of a mixed batch at a time.
+
+The synchronous core, sibling of `engine.step` for robots: same ledger, arena and thread. `pipeline` calls it between
+robots' steps with the time that is left. Owns its requests and their rows; knows no text, sockets, robots or sessions.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ganglion.clock import Clock
+from ganglion.engine.kv_space import blank
+from ganglion.engine.language_forward import Forward, Stage, Strand
+from ganglion.engine.language_pages import GroupShape, Growth, LanguagePages
+from ganglion.engine.language_policy import Policy, chunked, stage_layers
+from ganglion.engine.language_work import LanguageRow, LanguageWork, Part
+from ganglion.engine.sampler import (
+    Matcher,
+    Sampled,
+    Sampler,
+    SamplerState,
+    check_sampling,
+    score_tokens,
+)
+from ganglion.errors import (
+    CancelledError,
+    FieldError,
+    GanglionError,
+    InternalError,
+    OutOfPagesError,
+)
+from ganglion.generation import FinishReason, GenerateRequest, PromptScored, TokenDelta, Usage
+from ganglion.memory.arena import Arena
+from ganglion.memory.ledger import Ledger
+from ganglion.memory.orders import Moves
+from ganglion.models.language import LanguageModel
+from ganglion.plan.cost import CostModel
+from ganglion.types import RequestId
+
+logger = logging.getLogger(__name__)
+
+LAYERS, HEAD = "layers", "head"  # stages of the cost model: rows are tokens, units are layers
+MAX_SCORED_TOKENS = 64  # whose scores of the whole vocabulary exist at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """The last event of a request: what it took, or the error that ended it."""
+
+    request_id: RequestId
+    outcome: Usage | GanglionError
+
+
+Event = TokenDelta | PromptScored | Ended
+
+
+@dataclass(slots=True, kw_only=True)
+class _Host:
+    """One model, the rows that ask for it in the order in which they came, and its batch under way."""
+
+    name: str
+    model: LanguageModel
+    pages: LanguagePages
+    sampler: Sampler
+    rows: list[LanguageRow] = field(default_factory=list)
+    suspects: list[LanguageRow] = field(default_factory=list)  # of a batch that failed: run alone
+    forward: Forward | None = None
+    stage: Stage | None = None
+
+    @property
+    def admitted(self) -> list[LanguageRow]:
+        """Rows that may hold pages."""
+        return [row for row in self.rows if row.is_admitted]
+
+    @property
+    def staged(self) -> list[LanguageRow]:
+        """Rows between two groups of layers."""
+        return [] if self.stage is None else [part.row for part in self.stage.strand.parts]
+
+
+class LanguageEngine:
+    """Continuous batching over tokens: each step's batch brings cursors towards what is known.
+
+    Invariants, per row: [0, num_computed) of `tokens` stand in its pages; a row that is not admitted holds no page.
+    Earlier requests never wait for later ones: whoever came last gives its pages away, and computes them again.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, LanguageModel],
+        ledger: Ledger,
+        arena: Arena,
+        clock: Clock,
+        *,
+        max_rows: int,
+        cost: CostModel,
+        policy: Policy = chunked,
+        max_batch_tokens: int = 2048,
+        is_deterministic: bool = False,
+    ) -> None:
+        """`max_rows`: choices that are computed at a time, for each model.
+
+        `max_batch_tokens`: bounds the workspace. `is_deterministic`: every token is computed alone, so that its scores
+        are the same, bit by bit, whatever it is batched with and however its prompt is cut; slow.
+        """
+        self._ledger, self._arena, self._clock, self._cost = ledger, arena, clock, cost
+        self._max_rows, self._max_batch_tokens = max_rows, max_batch_tokens
+        self._policy, self._is_deterministic = policy, is_deterministic
+        self._hosts = {
+            name: _Host(
+                name=name,
+                model=model,
+                pages=LanguagePages(name, _shapes(model, arena), ledger),
+                sampler=Sampler(model.spec),
+            )
+            for name, model in models.items()
+        }
+        self._works: dict[RequestId, LanguageWork] = {}
+        self._draws: dict[RequestId, list[SamplerState]] = {}
+        self._events: list[Event] = []
+        self._num_arrivals = 0
+        self._last_host = ""
+        self.num_preemptions = 0
+        ledger.attach(self)
+
+    @property
+    def has_work(self) -> bool:
+        """Is a request waiting or in flight?"""
+        return bool(self._works)
+
+    @property
+    def num_under_way(self) -> int:
+        """Requests waiting or in flight."""
+        return len(self._works)
+
+    @property
+    def num_running(self) -> int:
+        """Rows that hold pages."""
+        return sum(len(host.admitted) for host in self._hosts.values())
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, request_id: RequestId, request: GenerateRequest, *, matchers: Sequence[Matcher] = ()
+    ) -> None:
+        """Queue one request; what is wrong with it is its end. `matchers`: one per choice where there is a grammar."""
+        try:
+            self._check(request, matchers)
+        except GanglionError as error:
+            self._events.append(Ended(request_id=request_id, outcome=error))
+            return
+        host = self._hosts[request.model]
+        self._num_arrivals += 1
+        work = LanguageWork(request_id=request_id, request=request, arrival=self._num_arrivals)
+        tables, keys = host.pages.open_tables()
+        work.rows = [
+            LanguageRow(work=work, choice=0, tokens=list(request.prompt), tables=tables, keys=keys)
+        ]
+        self._draws[request_id] = [
+            SamplerState(
+                request.sampling,
+                prompt_ids=request.prompt,
+                choice=choice,
+                grammar=matchers[choice] if matchers else None,
+            )
+            for choice in range(request.num_choices)
+        ]
+        self._works[request_id] = work
+        host.rows += work.rows
+
+    def cancel(self, request_id: RequestId, reason: GanglionError | None = None) -> None:
+        """Drop a request; its pages are back at once, its outcome is `reason` (default CancelledError)."""
+        work = self._works.get(request_id)
+        if work is not None:
+            self._end(work, reason or CancelledError("request was cancelled"))
+
+    def stop(self, request_id: RequestId, choice: int) -> None:
+        """One choice has what its user wants (a stop string): the others go on, Usage comes with the last."""
+        work = self._works.get(request_id)
+        row = None if work is None else next((r for r in work.rows if r.choice == choice), None)
+        if work is not None and work.is_forked and row is not None and row.finish is None:
+            self._finish_row(row, FinishReason.STOP)
+            self._end_if_done(work)
+
+    def drain(self) -> list[Event]:
+        """What happened since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def preempt_latest(self) -> bool:
+        """Give the pages of the request that came last back, to be computed again later. False: nobody holds any."""
+        works = [row.work for host in self._hosts.values() for row in host.admitted]
+        if not works:
+            return False
+        self._preempt(max(works, key=lambda work: work.arrival))
+        return True
+
+    def relocate(self, moves: Moves) -> None:
+        """The ledger moved pages: rows follow."""
+        for host in self._hosts.values():
+            for row in host.admitted:
+                host.pages.relocate(row, moves)
+
+    def close(self) -> None:
+        """Drop all requests; the ledger may go on without this engine."""
+        for request_id in list(self._works):
+            self.cancel(request_id)
+        self._ledger.detach(self)
+
+    def _check(self, request: GenerateRequest, matchers: Sequence[Matcher]) -> None:
+        host = self._hosts.get(request.model)
+        if host is None:
+            raise FieldError("model", expected=f"one of {sorted(self._hosts)}", got=request.model)
+        spec, num_tokens = host.model.spec, len(request.prompt)
+        if not 0 < num_tokens <= spec.max_tokens:
+            raise FieldError(
+                "prompt",
+                expected=f"1 to {spec.max_tokens} tokens",
+                got=f"{num_tokens}",
+                next_step="send a shorter prompt",
+            )
+        low, high = min(request.prompt), max(request.prompt)
+        if low < 0 or high >= spec.vocab_size:
+            raise FieldError(
+                "prompt",
+                expected=f"token ids of 0 to {spec.vocab_size - 1}",
+                got=str(low if low < 0 else high),
+            )
+        if request.num_choices < 1:
+            raise FieldError("n", expected="at least 1", got=str(request.num_choices))
+        check_sampling(request.sampling, spec)
+        needs_matchers = request.sampling.grammar is not None
+        assert len(matchers) == (request.num_choices if needs_matchers else 0), len(matchers)
+        host.pages.check_capacity(num_tokens)
+
+    # --- one step ------------------------------------------------------------------------------------------------
+
+    def step(self, budget_us: int) -> bool:
+        """Advance one batch of one model for about `budget_us`; False when there is nothing to do.
+
+        A batch that takes longer stops between two layers and goes on with the next call: at least one layer is run.
+        """
+        start_s = self._clock.now_s()
+        host = self._next_host()
+        if host is None:
+            return False
+        with torch.inference_mode():
+            try:
+                if host.forward is None:
+                    host.forward = self._begin(host, budget_us)
+                if host.forward is not None:
+                    self._run(host, host.forward, budget_us, start_s)
+            except GanglionError as error:
+                self._fail(host, error)
+            except Exception:
+                logger.exception("a batch of %s failed", host.name)
+                self._fail(host, InternalError("the model failed on this request"))
+        return True
+
+    def _next_host(self) -> _Host | None:
+        """The model whose batch is under way, else the next in turn that has rows."""
+        names = list(self._hosts)
+        at = names.index(self._last_host) + 1 if self._last_host in names else 0
+        for name in names[at:] + names[:at]:
+            if self._hosts[name].rows:
+                current = self._hosts.get(self._last_host)
+                if current is not None and current.forward is not None:
+                    return current
+                self._last_host = name
+                return self._hosts[name]
+        return None
+
+    def _run(self, host: _Host, forward: Forward, budget_us: int, start_s: float) -> None:
+        has_run = False
+        now_s = start_s
+        while not forward.is_done:
+            num_tokens = max(1, forward.num_tokens)
+            layer_us = self._estimate(host, LAYERS, num_tokens)
+            left_us = budget_us - (now_s - start_s) * 1e6
+            if has_run and left_us < layer_us:
+                return
+            num_layers = forward.next_cut - forward.next_layer
+            if layer_us:
+                num_layers = min(num_layers, max(1, int(left_us / layer_us)))
+            began_s = self._clock.now_s()
+            forward.run(num_layers)
+            now_s, has_run = self._clock.now_s(), True
+            self._observe(host, LAYERS, num_tokens, num_layers, (now_s - began_s) * 1e6)
+        left_us = budget_us - (now_s - start_s) * 1e6
+        if not has_run or left_us >= self._estimate(host, HEAD, forward.num_tokens):
+            self._commit(host, forward)
+
+    def _estimate(self, host: _Host, stage: str, num_tokens: int, num_layers: int = 1) -> int:
+        return self._cost.estimate_us(
+            host.name, stage, num_rows=max(1, num_tokens), num_units=num_layers
+        )
+
+    def _observe(
+        self, host: _Host, stage: str, num_tokens: int, num_layers: int, run_us: float
+    ) -> None:
+        self._cost.observe(
+            host.name, stage, num_rows=num_tokens, num_units=num_layers, run_us=run_us
+        )
+
+    # --- making a batch ------------------------------------------------------------------------------------------
+
+    def _begin(self, host: _Host, budget_us: int) -> Forward | None:
+        """The next batch; None when nobody can run now (some request may have been ended over it)."""
+        self._admit(host)
+        growth = Growth()
+        if host.suspects:
+            parts = self._parts(host, host.suspects[:1], [host.suspects[0].num_left], growth)
+            return self._forward(host, parts, [], None, growth) if parts else None
+        staged = set(host.staged)
+        rows = [row for row in host.admitted if row not in staged]
+        order = self._policy(
+            [row.num_left for row in rows],
+            self._max_tokens(host, budget_us),
+            is_stage_busy=host.stage is not None,
+        )
+        parts = self._parts(host, rows, order.num_tokens, growth)
+        chosen = {rows[at] for at in order.staged}
+        lead = [part for part in parts if part.row not in chosen]
+        new = [part for part in parts if part.row in chosen]
+        groups = stage_layers(host.model.spec.num_layers, order.num_stages)
+        return self._forward(host, lead, new, groups, growth)
+
+    def _forward(
+        self,
+        host: _Host,
+        lead: Sequence[Part],
+        staged: Sequence[Part],
+        groups: tuple[range, ...] | None,
+        growth: Growth,
+    ) -> Forward | None:
+        self._arena.copy(growth.copies)
+        for layout_name, pages in growth.fresh.items():
+            blank(self._arena, layout_name, pages)
+        if staged and groups:
+            host.stage = Stage(strand=Strand(host.model, staged, self._arena.device), groups=groups)
+        stage = host.stage if groups else None
+        if not lead and stage is None:
+            return None
+        return Forward(
+            host.model,
+            self._arena,
+            Strand(host.model, lead, self._arena.device) if lead else None,
+            stage,
+            is_deterministic=self._is_deterministic,
+        )
+
+    def _max_tokens(self, host: _Host, budget_us: int) -> int:
+        """Tokens of a batch that goes through all layers within the budget, by what was measured; at least 1."""
+        num_layers = host.model.spec.num_layers
+
+        def fits(num_tokens: int) -> bool:
+            layers_us = self._estimate(host, LAYERS, num_tokens, num_layers)
+            return num_tokens <= self._max_batch_tokens and layers_us <= budget_us
+
+        num_tokens = 1
+        while fits(2 * num_tokens):
+            num_tokens *= 2
+        extra = num_tokens // 2
+        while extra:
+            num_tokens += extra if fits(num_tokens + extra) else 0
+            extra //= 2
+        return num_tokens
+
+    def _admit(self, host: _Host) -> None:
+        """Let waiting rows come in, the oldest first, while there is room for them."""
+        admitted = host.admitted
+        num_running = sum(self._num_choices(row) for row in admitted)
+        for row in host.rows:
+            if row.is_admitted:
+                continue
+            num_more = self._num_choices(row)
+            is_alone = not self.num_running
+            if not is_alone:
+                if num_running + num_more > self._max_rows:
+                    return
+                if not host.pages.has_room(len(row.tokens), len(admitted)):
+                    return
+            if any(_makes_prefix_of(row, other, host.pages.unit) for other in admitted):
+                continue
+            row.is_admitted = True
+            admitted.append(row)
+            num_running += num_more
+            work = row.work
+            is_scored = work.request.num_prompt_logprobs is not None and not work.is_forked
+            num_hit = 0 if is_scored else host.pages.match(row)
+            if work.num_cached is None:
+                work.num_cached = num_hit
+
+    @staticmethod
+    def _num_choices(row: LanguageRow) -> int:
+        return 1 if row.work.is_forked else row.work.request.num_choices
+
+    def _parts(
+        self,
+        host: _Host,
+        rows: Sequence[LanguageRow],
+        num_tokens: Sequence[int],
+        growth: Growth,
+    ) -> list[Part]:
+        """Give every row the pages that it writes. Where there are none, whoever came last gives way."""
+        parts: list[Part] = []
+        for row, count in zip(rows, num_tokens, strict=True):
+            if count and row.is_admitted and self._grow(host, row, count, growth):
+                parts.append(Part(row=row, start=row.num_computed, num_tokens=count))
+        return [part for part in parts if part.row.is_admitted]
+
+    def _grow(self, host: _Host, row: LanguageRow, count: int, growth: Growth) -> bool:
+        while True:
+            try:
+                host.pages.grow(row, row.num_computed + count, growth)
+                return True
+            except OutOfPagesError as error:
+                holders = {r.work for h in self._hosts.values() for r in h.admitted}
+                last = max(holders, key=lambda work: work.arrival)
+                if holders == {row.work}:  # nobody else can give any
+                    self._end(row.work, error)
+                    return False
+                self._preempt(last)
+                if last is row.work:
+                    return False
+
+    def _preempt(self, work: LanguageWork) -> None:
+        """Its pages go; its rows wait again, with all that they know."""
+        self.num_preemptions += 1
+        logger.info("preempted request %s: out of pages", work.request_id)
+        for row in work.rows:
+            self._release(row)
+
+    def _release(self, row: LanguageRow) -> None:
+        """Its pages are back, and it is in no batch any more."""
+        host = self._hosts[row.work.request.model]
+        if not row.is_admitted:
+            return
+        host.pages.release(row)
+        row.is_admitted = False
+        if row in host.suspects:
+            host.suspects.remove(row)
+        if host.forward is not None and host.forward.lead is not None:
+            host.forward.lead.drop(row)
+        if host.stage is not None:
+            host.stage.strand.drop(row)
+
+    # --- committing it -------------------------------------------------------------------------------------------
+
+    def _commit(self, host: _Host, forward: Forward) -> None:
+        """Cursors move, full pages can be found, and who is up to date draws a token."""
+        host.forward = None
+        strands = [] if forward.lead is None else [forward.lead]
+        if forward.stage is not None:
+            forward.stage.next_group += 1
+            if forward.stage.is_done:
+                strands.append(forward.stage.strand)
+                host.stage = None
+            elif not forward.stage.strand.parts:
+                host.stage = None
+        drawing: list[LanguageRow] = []
+        hidden: list[Tensor] = []
+        for strand in strands:
+            at = 0
+            for part in strand.parts:
+                of_part = strand.hidden[at : at + part.num_tokens]
+                at += part.num_tokens
+                self._score_prompt(forward, part, of_part)
+                part.row.num_computed = part.end
+                host.pages.settle(part.row)
+                if part.row in host.suspects:
+                    host.suspects.remove(part.row)
+                if part.is_newest:
+                    drawing.append(part.row)
+                    hidden.append(of_part[-1])
+        if drawing:
+            began_s = self._clock.now_s()
+            self._draw(host, drawing, forward.logits(torch.stack(hidden)))
+            run_us = (self._clock.now_s() - began_s) * 1e6
+            self._observe(host, HEAD, len(drawing), 1, run_us)
+
+    def _score_prompt(self, forward: Forward, part: Part, hidden: Tensor) -> None:
+        """Keep what the model gives the prompt's tokens, where that was asked for."""
+        work = part.row.work
+        num_top = work.request.num_prompt_logprobs
+        if num_top is None or work.is_forked:
+            return
+        if not part.start:
+            work.prompt_scores = [None]
+        prompt = work.request.prompt
+        assert work.prompt_scores is not None, "the prompt was not computed from its start"
+        for start in range(part.start, part.end, MAX_SCORED_TOKENS):
+            targets = prompt[start + 1 : min(start + MAX_SCORED_TOKENS, part.end) + 1]
+            first = start - part.start
+            logits = forward.logits(hidden[first : first + len(targets)]) if targets else None
+            if logits is not None:
+                work.prompt_scores += score_tokens(logits, targets, [num_top] * len(targets))
+
+    def _draw(self, host: _Host, rows: Sequence[LanguageRow], logits: Tensor) -> None:
+        """The next token of every choice; where the prompt was computed just now, the choices part."""
+        choices: list[LanguageRow] = []
+        lines: list[int] = []
+        for line, row in enumerate(rows):
+            forked = [row] if row.work.is_forked else self._fork(host, row)
+            choices += forked
+            lines += [line] * len(forked)
+        if len(lines) > len(rows):
+            logits = logits[torch.tensor(lines, device=logits.device)]
+        draws = [self._draws[row.work.request_id][row.choice] for row in choices]
+        is_drawing = [row.work.request.sampling.max_tokens > 0 for row in choices]
+        if not all(is_drawing):
+            for row, is_in in zip(choices, is_drawing, strict=True):
+                if not is_in:
+                    self._emit(row, (), finish=FinishReason.LENGTH)
+            places = [at for at, is_in in enumerate(is_drawing) if is_in]
+            logits = logits[torch.tensor(places, dtype=torch.int64, device=logits.device)]
+            choices, draws = [choices[at] for at in places], [draws[at] for at in places]
+        for row, drawn, state in zip(
+            choices, host.sampler.sample(logits, draws), draws, strict=True
+        ):
+            if row.finish is None and row.work.request_id in self._works:
+                self._take(host, row, drawn, is_complete=state.is_done)
+        for work in {row.work for row in rows}:
+            self._end_if_done(work)
+
+    def _fork(self, host: _Host, row: LanguageRow) -> list[LanguageRow]:
+        """The prompt is computed: one row for each choice goes on from it."""
+        work = row.work
+        work.is_forked = True
+        if work.prompt_scores is not None:
+            self._events.append(
+                PromptScored(request_id=work.request_id, logprobs=tuple(work.prompt_scores))
+            )
+            work.prompt_scores = None
+        at = host.rows.index(row)
+        for choice in range(1, work.request.num_choices):
+            tables, keys = host.pages.fork(row)
+            other = LanguageRow(
+                work=work,
+                choice=choice,
+                tokens=list(row.tokens),
+                tables=tables,
+                keys=keys,
+                num_computed=row.num_computed,
+                is_admitted=True,
+            )
+            work.rows.append(other)
+            host.rows.insert(at + choice, other)
+        return work.rows
+
+    def _take(
+        self, host: _Host, row: LanguageRow, drawn: Sampled | GanglionError, *, is_complete: bool
+    ) -> None:
+        if isinstance(drawn, GanglionError):
+            self._end(row.work, drawn)
+            return
+        spec, sampling = host.model.spec, row.work.request.sampling
+        token_id = drawn.token_id
+        is_eos = token_id in spec.eos_ids and not sampling.is_eos_ignored
+        if is_eos or token_id in sampling.stop_token_ids:
+            self._emit(row, (), finish=FinishReason.STOP, stop_token_id=token_id)
+            return
+        row.tokens.append(token_id)
+        row.work.num_emitted += 1
+        finish = None
+        if is_complete:
+            finish = FinishReason.STOP
+        elif row.num_drawn >= sampling.max_tokens or len(row.tokens) >= spec.max_tokens:
+            finish = FinishReason.LENGTH
+        self._emit(row, (drawn,), finish=finish)
+
+    def _emit(
+        self,
+        row: LanguageRow,
+        drawn: Sequence[Sampled],
+        *,
+        finish: FinishReason | None,
+        stop_token_id: int | None = None,
+    ) -> None:
+        self._events.append(
+            TokenDelta(
+                request_id=row.work.request_id,
+                choice=row.choice,
+                token_ids=tuple(one.token_id for one in drawn),
+                logprobs=tuple(one.logprob for one in drawn if one.logprob is not None),
+                finish=finish,
+                stop_token_id=stop_token_id,
+            )
+        )
+        if finish is not None:
+            self._finish_row(row, finish)
+
+    def _finish_row(self, row: LanguageRow, finish: FinishReason) -> None:
+        row.finish = finish
+        self._release(row)
+        self._hosts[row.work.request.model].rows.remove(row)
+
+    def _end_if_done(self, work: LanguageWork) -> None:
+        if work.is_done and work.request_id in self._works:
+            usage = Usage(
+                num_prompt_tokens=len(work.request.prompt),
+                num_cached_tokens=work.num_cached or 0,
+                num_completion_tokens=work.num_emitted,
+            )
+            self._end(work, usage)
+
+    def _end(self, work: LanguageWork, outcome: Usage | GanglionError) -> None:
+        """Exactly once for each request."""
+        del self._works[work.request_id], self._draws[work.request_id]
+        for row in work.rows:
+            if row.finish is None:
+                self._finish_row(row, FinishReason.STOP)
+        self._events.append(Ended(request_id=work.request_id, outcome=outcome))
+
+    def _fail(self, host: _Host, error: GanglionError) -> None:
+        """A batch raised: every row of it is run alone, so that one bad request does not spoil its batch mates."""
+        forward, host.forward = host.forward, None
+        stage, host.stage = host.stage, None
+        strands = [] if forward is None or forward.lead is None else [forward.lead]
+        strands += [] if stage is None else [stage.strand]
+        rows = [part.row for strand in strands for part in strand.parts]
+        if len(rows) > 1:
+            host.suspects = rows
+            return
+        for row in rows or host.admitted:
+            if row.finish is None:
+                self._end(row.work, error)
+
+
+def _shapes(model: LanguageModel, arena: Arena) -> list[GroupShape]:
+    return [
+        GroupShape(
+            layout=group.layout,
+            window=group.window,
+            pages_per_large=arena.pages(group.layout.name).shape[1],
+        )
+        for group in model.groups
+    ]
+
+
+def _makes_prefix_of(row: LanguageRow, other: LanguageRow, unit: int) -> bool:
+    """Is `other` computing a page that `row` would match once it is there?"""
+    if other.work.request.tenant != row.work.request.tenant or other.num_left <= 1:
+        return False
+    end = (other.num_computed // unit + 1) * unit
+    return len(row.tokens) > end <= len(other.tokens) and row.tokens[:end] == other.tokens[:end]
