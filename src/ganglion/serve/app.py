@@ -1,6 +1,6 @@
-"""App: puts the edge together and runs it: robots' sockets, health routes, dashboard, guards, one event loop.
+"""App: puts the edge together and runs it: robots' sockets, health, dashboard, OpenAI's interface, guards, one event loop.
 
-Called by `cli`, `bench` and tests. Knows the Service seam and nothing behind it.
+Called by `cli`, `bench` and tests. Knows the Service and LanguageService seams and nothing behind them.
 """
 
 import asyncio
@@ -27,9 +27,10 @@ from ganglion.serve.health import health_routes
 from ganglion.serve.hub import Hub
 from ganglion.serve.keys import KeyGuard
 from ganglion.serve.limits import HostGuard, check_exposure, impatient_h11
+from ganglion.serve.openai.routes import openai_routes
 from ganglion.serve.refusal import refuse
 from ganglion.serve.robot import RobotEndpoint
-from ganglion.service import Service
+from ganglion.service import LanguageService, Service
 from ganglion.units import KIB
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,19 @@ START_TIMEOUT_S = 30.0
 LISTEN_BACKLOG = 256
 
 
-def build_app(*, service: Service, config: ServeConfig, clock: Clock, metrics: Metrics) -> ASGIApp:
+def build_app(
+    *,
+    service: Service,
+    config: ServeConfig,
+    clock: Clock,
+    metrics: Metrics,
+    language: LanguageService | None = None,
+) -> ASGIApp:
     """The whole edge as one ASGI application. Raises ConfigError when it would be open to the world."""
     check_exposure(config)
     hub = Hub(clock, max_robots=config.max_connections)
     routes = [
+        *(openai_routes(language, policy=service.spec) if language is not None else []),
         *health_routes(service, metrics),
         *dashboard_routes(hub=hub, service=service, clock=clock),
     ]
@@ -96,6 +105,7 @@ class Server:
         config: ServeConfig,
         clock: Clock | None = None,
         metrics: Metrics | None = None,
+        language: LanguageService | None = None,
     ) -> Self:
         """Bind the address (port 0: a free one). Raises ConfigError when it is taken or not allowed."""
         app = build_app(
@@ -103,6 +113,7 @@ class Server:
             config=config,
             clock=clock or RealClock(),
             metrics=metrics or Metrics(),
+            language=language,
         )
         sock = _bind(config)
         server = uvicorn.Server(
@@ -172,9 +183,12 @@ class ServerThread:
         config: ServeConfig | None = None,
         clock: Clock | None = None,
         metrics: Metrics | None = None,
+        language: LanguageService | None = None,
     ) -> None:
         config = config or ServeConfig(port=0)
-        self._server = Server.bind(service, config=config, clock=clock, metrics=metrics)
+        self._server = Server.bind(
+            service, config=config, clock=clock, metrics=metrics, language=language
+        )
         self._thread = threading.Thread(target=self._server.serve, name="edge", daemon=True)
 
     @property
@@ -228,9 +242,10 @@ def run(
     clock: Clock | None = None,
     metrics: Metrics | None = None,
     on_bound: Callable[[Server], None] | None = None,
+    language: LanguageService | None = None,
 ) -> None:
     """Serve in this thread until it is told to stop. `on_bound` learns the address before the first connection."""
-    server = Server.bind(service, config=config, clock=clock, metrics=metrics)
+    server = Server.bind(service, config=config, clock=clock, metrics=metrics, language=language)
     if on_bound is not None:
         on_bound(server)
     server.serve()

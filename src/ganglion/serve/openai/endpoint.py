@@ -1,0 +1,256 @@
+"""Endpoint: one POST route: body in, checked, run, and the answer out, whole or as server-sent events.
+
+Made by `routes`. Runs on the event loop and computes nothing there that takes long: large bodies are read, and grammars
+compiled, in a thread, since robots share the loop. A client that leaves ends its generation before the next engine step.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from starlette.types import Receive, Scope, Send
+
+from ganglion.errors import GanglionError, InternalError
+from ganglion.serve.openai.answer import Prepared
+from ganglion.serve.openai.fields import parse_json
+from ganglion.serve.openai.refusal import ApiError, error_body, headers_of, status_of
+from ganglion.serve.openai.run import Item, Run
+from ganglion.serve.refusal import header
+from ganglion.service import LanguageService
+from ganglion.units import KIB
+
+logger = logging.getLogger(__name__)
+
+BODY_TIMEOUT_S = 10.0  # between two parts of a body
+FIRST_ITEM_S = 2.0  # an error before that has a status of its own; then the stream begins
+LARGE_BODY_BYTES = 16 * KIB  # reads longer than a millisecond or so
+MAX_LOGGED_NAMES = 64
+DONE = b"data: [DONE]\n\n"
+JSON_TYPE = (b"content-type", b"application/json")
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would wait for a full buffer
+]
+
+Prepare = Callable[[object], Prepared]
+Compute = Callable[[object], Mapping[str, Any]]
+T = TypeVar("T")
+
+
+class JsonEndpoint:
+    """A POST route that answers at once: `compute` makes one JSON body of another."""
+
+    def __init__(self, compute: Compute, *, max_body_bytes: int) -> None:
+        self._compute, self._max_body_bytes = compute, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        request_id = f"req-{secrets.token_hex(8)}"
+        try:
+            data = await read_body(scope, receive, self._max_body_bytes)
+            body = await _off_loop(lambda: self._compute(parse_json(data)), len(data))
+        except GanglionError as error:
+            await send_error(send, error, request_id)
+        except Exception:
+            logger.exception("%s failed on %s", request_id, scope["path"])
+            await send_error(send, InternalError("see the log"), request_id)
+        else:
+            await send_json(send, 200, body, request_id)
+
+
+class GenerateEndpoint:
+    """A POST route that generates: `prepare` makes a checked request of a body, a Run does the rest."""
+
+    def __init__(self, language: LanguageService, prepare: Prepare, *, max_body_bytes: int) -> None:
+        self._language, self._prepare = language, prepare
+        self._max_body_bytes = max_body_bytes
+        self._logged_names = set[str]()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        reply = _Reply(send, f"req-{secrets.token_hex(8)}")
+        try:
+            data = await read_body(scope, receive, self._max_body_bytes)
+            prepared = await _off_loop(lambda: self._prepare(parse_json(data)), len(data))
+            reply.expect(prepared)
+            self._log_unknown(prepared.unknown)
+            await self._serve(prepared, reply, receive)
+        except GanglionError as error:
+            logger.info("%s ended: %s: %s", reply.request_id, error.code, error)
+            await reply.fail(error)
+        except Exception:
+            logger.exception("%s failed on %s", reply.request_id, scope["path"])
+            await reply.fail(InternalError("see the log"))
+
+    async def _serve(self, prepared: Prepared, reply: "_Reply", receive: Receive) -> None:
+        run = Run(self._language)
+        work = asyncio.create_task(_generate(run, prepared, reply))
+        gone = asyncio.create_task(_until_gone(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+            else:
+                logger.info("%s: the client left", reply.request_id)
+        finally:
+            run.cancel()
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    def _log_unknown(self, names: set[str]) -> None:
+        for name in names - self._logged_names:
+            if len(self._logged_names) < MAX_LOGGED_NAMES:
+                self._logged_names.add(name)
+                logger.info("unknown field %r is ignored", name[:64])
+
+
+async def _generate(run: Run, prepared: Prepared, reply: "_Reply") -> None:
+    has_grammar = any(request.sampling.grammar is not None for request in prepared.requests)
+    if has_grammar:  # compiled there, which may take long
+        await asyncio.to_thread(run.start, prepared.requests)
+    else:
+        run.start(prepared.requests)
+    if prepared.is_streamed:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_ITEM_S):
+                await run.wait()
+    while (items := await run.read()) is not None:
+        await reply.add(items)
+    await reply.close()
+
+
+class _Reply:
+    """The answer to one request on its way out: whole, as a stream, or an error in the form that still fits."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send, self.request_id = send, request_id
+        self._prepared: Prepared | None = None
+        self._is_begun = self._is_closed = False
+
+    def expect(self, prepared: Prepared) -> None:
+        """From here on the answer has an id and a form."""
+        self._prepared, self.request_id = prepared, prepared.answer_id
+
+    async def add(self, items: list[Item]) -> None:
+        """All that came since the last time goes out as one write."""
+        assert self._prepared is not None, "items before a request"
+        events = [event for item in items for event in self._prepared.answer.add(item)]
+        if self._prepared.is_streamed:
+            await self._write(b"".join(map(event_bytes, events)), is_last=False)
+
+    async def close(self) -> None:
+        """All items are there."""
+        assert self._prepared is not None, "an end before a request"
+        events = self._prepared.answer.close()
+        if self._prepared.is_streamed:
+            done = DONE if self._prepared.has_done_mark else b""
+            await self._write(b"".join(map(event_bytes, events)) + done, is_last=True)
+        else:
+            await send_json(self._send, 200, self._prepared.answer.whole(), self.request_id)
+        self._is_closed = True
+
+    async def fail(self, error: GanglionError) -> None:
+        """As a status where nothing was sent yet, else as the last event."""
+        if self._is_closed:
+            return
+        if not self._is_begun or self._prepared is None:
+            await send_error(self._send, error, self.request_id)
+        else:
+            body = error_body(error, self.request_id)["error"]
+            events = self._prepared.answer.fail(body)
+            await self._write(b"".join(map(event_bytes, events)), is_last=True)
+        self._is_closed = True
+
+    async def _write(self, data: bytes, *, is_last: bool) -> None:
+        if not self._is_begun:
+            self._is_begun = True
+            headers = [*STREAM_HEADERS, (b"x-request-id", self.request_id.encode())]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        if data or is_last:
+            await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
+
+
+def event_bytes(event: Mapping[str, Any]) -> bytes:
+    """One server-sent event; what has a `type` is also named by it."""
+    name = event.get("type")
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + json_bytes(event) + b"\n\n"
+
+
+def json_bytes(body: Mapping[str, Any]) -> bytes:
+    """Compact JSON in UTF-8. A number that is not finite is a defect of ours: ValueError."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+async def send_json(
+    send: Send,
+    status: int,
+    body: Mapping[str, Any],
+    request_id: str,
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    """One whole answer."""
+    data = json_bytes(body)
+    lines = [
+        JSON_TYPE,
+        (b"content-length", str(len(data)).encode()),
+        (b"x-request-id", request_id.encode()),
+        *((name.encode(), value.encode()) for name, value in (headers or {}).items()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": lines})
+    await send({"type": "http.response.body", "body": data})
+
+
+async def send_error(send: Send, error: GanglionError, request_id: str) -> None:
+    """One error, in OpenAI's shape."""
+    body = error_body(error, request_id)
+    await send_json(send, status_of(error), body, request_id, headers_of(error))
+
+
+async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
+    """The whole body of a POST. Raises ApiError: 405 other methods, 413 too long, 408 too slow, 400 cut off."""
+    if scope["method"] != "POST":
+        raise ApiError(
+            405, f"{scope['method']} is not for {scope['path']}", code="method_not_allowed",
+            next_step="use POST",
+        )  # fmt: skip
+    length = header(scope, b"content-length")
+    too_large = ApiError(
+        413, f"the body is larger than {max_bytes} bytes", code="request_too_large",
+        next_step="send less at once",
+    )  # fmt: skip
+    if length.isdigit() and (len(length) > 18 or int(length) > max_bytes):
+        raise too_large
+    parts, num_bytes, has_more = [], 0, True
+    while has_more:
+        try:
+            message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
+        except TimeoutError:
+            raise ApiError(
+                408, f"no part of the body for {BODY_TIMEOUT_S:g} s", code="timeout"
+            ) from None
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the client left before its body was whole", code="incomplete")
+        parts.append(message.get("body", b""))
+        num_bytes += len(parts[-1])
+        if num_bytes > max_bytes:
+            raise too_large
+        has_more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+async def _off_loop(compute: Callable[[], T], num_bytes: int) -> T:
+    if num_bytes > LARGE_BODY_BYTES:
+        return await asyncio.to_thread(compute)
+    return compute()
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,78 @@
+"""Routes: where OpenAI's interface is found, over one LanguageService.
+
+Called once by `serve.app`, which checks Host, Origin and key before any of them.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from ganglion.errors import GanglionError
+from ganglion.serve.openai.answer import Prepared
+from ganglion.serve.openai.catalog import Catalog, model_body
+from ganglion.serve.openai.chat import ChatReader
+from ganglion.serve.openai.completions import CompletionReader
+from ganglion.serve.openai.endpoint import GenerateEndpoint, JsonEndpoint, json_bytes
+from ganglion.serve.openai.refusal import error_body, status_of
+from ganglion.serve.openai.tokens import TokenReader
+from ganglion.service import LanguageService
+from ganglion.spec import PolicySpec
+from ganglion.units import MIB
+
+MAX_BODY_BYTES = 8 * MIB
+
+Read = Callable[[object, int], Prepared]
+
+
+def openai_routes(language: LanguageService, *, policy: PolicySpec) -> list[BaseRoute]:
+    """`/v1/chat/completions /v1/completions /v1/models /tokenize /detokenize`. `policy` is listed too."""
+    catalog, started_s = Catalog(language), unix_s()
+
+    def generate(path: str, read: Read) -> Route:
+        prepare = lambda body: read(body, unix_s())  # noqa: E731
+        endpoint = GenerateEndpoint(language, prepare, max_body_bytes=MAX_BODY_BYTES)
+        return Route(path, endpoint)
+
+    def compute(path: str, make: Callable[[object], Mapping[str, Any]]) -> Route:
+        return Route(path, JsonEndpoint(make, max_body_bytes=MAX_BODY_BYTES))
+
+    async def models(request: Request) -> Response:
+        listed = [model_body(spec, started_s) for spec in catalog.specs()]
+        return _json({"object": "list", "data": [*listed, _policy_body(policy, started_s)]})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name == policy.name:
+            return _json(_policy_body(policy, started_s))
+        try:
+            return _json(model_body(catalog.find(name), started_s))
+        except GanglionError as error:
+            return _json(error_body(error, ""), status_of(error))
+
+    tokens = TokenReader(catalog)
+    return [
+        generate("/v1/chat/completions", ChatReader(catalog).read),
+        generate("/v1/completions", CompletionReader(catalog).read),
+        compute("/tokenize", tokens.tokenize),
+        compute("/detokenize", tokens.detokenize),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+    ]
+
+
+def unix_s() -> int:
+    """Seconds since 1970, for the `created` of answers: told to people, never computed with."""
+    return time.time_ns() // 10**9
+
+
+def _policy_body(policy: PolicySpec, created_s: int) -> dict[str, Any]:
+    head = {"id": policy.name, "object": "model", "created": created_s, "owned_by": "ganglion"}
+    return head | {"kind": "policy"} | policy.metadata()
+
+
+def _json(body: Mapping[str, Any], status: int = 200) -> Response:
+    return Response(json_bytes(body), status, media_type="application/json")

@@ -1,0 +1,92 @@
+"""Run: the generations of one HTTP request, from the service's threads to the event loop, and their end when nobody reads.
+
+Called by `serve.openai.endpoint`. Knows the LanguageService seam; nothing of HTTP and nothing of what the items become.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+from ganglion.errors import CancelledError, GanglionError
+from ganglion.generation import GenerateRequest, PromptScored, TextDelta, Usage
+from ganglion.service import Generated, LanguageService, OnGenerated
+from ganglion.types import RequestId
+
+MAX_UNREAD = 8_192  # items: a reader so far behind is cut off, since nothing may wait for it
+
+Item = tuple[int, PromptScored | TextDelta | Usage]
+
+
+class Run:
+    """Several generations under way at once. Item (i, x) is of request i. Use: start, read until it is None, cancel."""
+
+    def __init__(self, language: LanguageService) -> None:
+        self._language = language
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._unread: deque[Item] = deque()
+        self._error: GanglionError | None = None
+        self._num_open = 0
+        self._lock = threading.Lock()  # over what `start` and `cancel` share, from two threads
+        self._request_ids: list[RequestId] = []
+        self._is_cancelled = False
+
+    def start(self, requests: Sequence[GenerateRequest]) -> None:
+        """Queue all of them, from any thread. What the service raises ends those that are queued already."""
+        self._num_open = len(requests)
+        for source, request in enumerate(requests):
+            with self._lock:
+                if self._is_cancelled:
+                    return
+                request_id = self._language.generate(request, self._listener(source))
+                self._request_ids.append(request_id)
+
+    async def read(self) -> list[Item] | None:
+        """All that came since the last call, at least one item; None after the last. Raises what ended a generation."""
+        await self.wait()
+        if not self._unread:
+            if self._error is not None:
+                raise self._error
+            return None
+        items = list(self._unread)
+        self._unread.clear()
+        return items
+
+    async def wait(self) -> None:
+        """Return when there is something to read, be it the end or an error."""
+        while not (self._unread or self._error is not None or self._num_open == 0):
+            self._changed.clear()
+            await self._changed.wait()
+
+    def cancel(self) -> None:
+        """End what is still open, at once. From any thread, any number of times."""
+        with self._lock:
+            self._is_cancelled = True
+            request_ids, self._request_ids = self._request_ids, []
+        for request_id in request_ids:
+            self._language.cancel(request_id)
+
+    def _listener(self, source: int) -> OnGenerated:
+        def on_generated(generated: Generated) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                self._loop.call_soon_threadsafe(self._take, source, generated)
+
+        return on_generated
+
+    def _take(self, source: int, generated: Generated) -> None:
+        if isinstance(generated, GanglionError):
+            self._num_open -= 1
+            self._error = self._error or generated
+            self.cancel()
+        else:
+            self._num_open -= isinstance(generated, Usage)
+            self._unread.append((source, generated))
+            if len(self._unread) > MAX_UNREAD and self._error is None:
+                self._error = CancelledError(
+                    f"{MAX_UNREAD} parts of the answer were not read", next_step="read faster"
+                )
+                self._unread.clear()
+                self.cancel()
+        self._changed.set()
