@@ -35,6 +35,19 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LATENT = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 18,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 9,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 20,
+    "n_shared_experts": 2,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"head_dim": 10}),
     "llama-one-kv": (
@@ -109,6 +122,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": (
         "Olmoe",
         {"hidden_size": 48, "num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 1.5},
+    ),
+    "deepseek-v2": (
+        "DeepseekV2",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "topk_method": "group_limited_greedy",
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {
+            **LATENT,
+            "q_lora_rank": 14,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0},
+        },
     ),
     "gpt-oss": (
         "GptOss",

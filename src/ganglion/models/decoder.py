@@ -6,6 +6,7 @@ KvSpace. Dimension names: token (of all rows), width, head, kv (key and value he
 
 from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
+from math import prod
 
 import torch
 from jaxtyping import Float, Int
@@ -14,9 +15,10 @@ from torch.nn import functional
 
 from ganglion.generation import LanguageSpec
 from ganglion.layout import DTYPE_BYTES, PageKind, PageLayout
-from ganglion.models.decoder_spec import DecoderSpec, LayerSpec, QkNorm
+from ganglion.models.decoder_spec import DecoderSpec, QkNorm
 from ganglion.models.language import KvGroup, KvSpace
 from ganglion.models.layers import Linear
+from ganglion.models.mla import Mla
 from ganglion.models.moe import Moe
 from ganglion.models.moe_spec import Activation
 from ganglion.models.rotary import Rotation, frequencies, rotate, rotation
@@ -51,8 +53,9 @@ class RmsNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with grouped keys; query, key and value come out of one product."""
 
-    def __init__(self, spec: DecoderSpec, dtype: torch.dtype) -> None:
+    def __init__(self, spec: DecoderSpec, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
+        self._layer = layer
         heads, kv, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self._sizes = (heads * dim, kv * dim, kv * dim)
         self._head_dim, self._scale = dim, spec.attention_scale
@@ -78,7 +81,6 @@ class Attention(nn.Module):
         x: Float[Tensor, "token width"],
         by: Rotation | None,
         kv: KvSpace,
-        layer: int,
     ) -> Float[Tensor, "token width"]:
         query, key, value = self.qkv(x).split(self._sizes, dim=-1)
         if self._qk_norm == QkNorm.ALL:
@@ -95,7 +97,13 @@ class Attention(nn.Module):
         if by is not None:
             query, key = rotate(query, by), rotate(key, by)
         attended = kv.attend(
-            layer, query, key, value, scale=self._scale, sinks=self.sinks, softcap=self._softcap
+            self._layer,
+            query,
+            key,
+            value,
+            scale=self._scale,
+            sinks=self.sinks,
+            softcap=self._softcap,
         )
         out: Tensor = self.out(attended.flatten(1))
         return out
@@ -119,15 +127,20 @@ class GatedMlp(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward, each with a second norm behind it where the family has one."""
 
-    def __init__(self, spec: DecoderSpec, layer: LayerSpec, dtype: torch.dtype) -> None:
+    def __init__(self, spec: DecoderSpec, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
 
         def norm() -> RmsNorm:
             return RmsNorm(spec.width, spec.norm_eps, norm_dtype(spec, dtype))
 
         self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention = Attention(spec, dtype)
-        self.mlp = GatedMlp(spec, dtype) if layer.moe is None else Moe(layer.moe, dtype=dtype)
+        self.attention = (
+            Attention(spec, layer, dtype)
+            if spec.mla is None
+            else Mla(spec.mla, layer=layer, dtype=dtype)
+        )
+        moe = spec.layers[layer].moe
+        self.mlp = GatedMlp(spec, dtype) if moe is None else Moe(moe, dtype=dtype)
         self.attention_post_norm = norm() if spec.has_post_norms else None
         self.mlp_post_norm = norm() if spec.has_post_norms else None
 
@@ -136,9 +149,8 @@ class DecoderLayer(nn.Module):
         hidden: Float[Tensor, "token width"],
         by: Rotation | None,
         kv: KvSpace,
-        layer: int,
     ) -> Float[Tensor, "token width"]:
-        out: Tensor = self.attention(self.attention_norm(hidden), by, kv, layer)
+        out: Tensor = self.attention(self.attention_norm(hidden), by, kv)
         if self.attention_post_norm is not None:
             out = self.attention_post_norm(out)
         hidden = hidden + out
@@ -179,7 +191,9 @@ class Decoder(nn.Module):
         with torch.device("cpu"):  # also where the weights are only promised
             self._frequencies = tuple(frequencies(rope) for rope in self._ropes)
         self.embedding = nn.Embedding(spec.vocab_size, spec.width, dtype=dtype)
-        self.layers = nn.ModuleList(DecoderLayer(spec, layer, dtype) for layer in spec.layers)
+        self.layers = nn.ModuleList(
+            DecoderLayer(spec, layer, dtype) for layer in range(spec.num_layers)
+        )
         self.norm = RmsNorm(spec.width, spec.norm_eps, norm_dtype(spec, dtype))
         self.head = Linear(spec.width, spec.vocab_size, bias=False, dtype=dtype)
         if spec.is_tied:
@@ -217,9 +231,7 @@ class Decoder(nn.Module):
         }
         for layer in layers:
             rope = specs[layer].rope
-            hidden = self.layers[layer](
-                hidden, None if rope is None else rotations[rope], kv, layer
-            )
+            hidden = self.layers[layer](hidden, None if rope is None else rotations[rope], kv)
         return hidden
 
     def logits(self, hidden: Float[Tensor, "token width"]) -> Float[Tensor, "token vocab"]:
@@ -234,10 +246,15 @@ def kv_groups(
 ) -> tuple[KvGroup, ...]:
     """Layers with equal windows share pages, as many slots of them as `max_page_bytes` holds.
 
-    Names are "<name>.kv" and "<name>.kv-window". Where not even one slot of all these layers fits, they are spread over
-    several groups: "<name>.kv", "<name>.kv.1", ... Raises ValueError where one layer's slot does not fit.
+    Names are "<name>.kv", "<name>.kv-window" and, for latent attention, "<name>.latent". Where not even one slot of all
+    these layers fits, they are spread over several groups: "<name>.kv", "<name>.kv.1", ... Raises ValueError where one
+    layer's slot does not fit.
     """
-    slot_bytes = 2 * spec.num_kv_heads * spec.head_dim * DTYPE_BYTES[dtype]
+    if spec.mla is None:
+        slot, value_dim = (2, spec.num_kv_heads, spec.head_dim), None
+    else:
+        slot, value_dim = (1, 1, spec.mla.key_dim), spec.mla.kv_rank
+    slot_bytes = prod(slot) * DTYPE_BYTES[dtype]
     max_layers = max_page_bytes // slot_bytes
     if max_layers < 1:
         raise ValueError(
@@ -247,7 +264,8 @@ def kv_groups(
     order = sorted(range(spec.num_layers), key=lambda layer: spec.layers[layer].window or 0)
     for window, members in groupby(order, key=lambda layer: spec.layers[layer].window):
         layers = tuple(members)
-        base = f"{name}.kv" if window is None else f"{name}.kv-window"
+        kind = "latent" if spec.mla else "kv" if window is None else "kv-window"
+        base = f"{name}.{kind}"
         num_groups = -(-len(layers) // max_layers)
         for part, chosen in enumerate(_split(layers, num_groups)):
             slots = _MAX_SLOTS
@@ -256,11 +274,11 @@ def kv_groups(
             layout = PageLayout(
                 name=base if part == 0 else f"{base}.{part}",
                 kind=PageKind.KV,
-                shape=(len(chosen), 2, slots, spec.num_kv_heads, spec.head_dim),
+                shape=(len(chosen), slot[0], slots, *slot[1:]),
                 dtype=dtype,
                 slots=slots,
             )
-            groups.append(KvGroup(layout=layout, layers=chosen, window=window))
+            groups.append(KvGroup(layout=layout, layers=chosen, window=window, value_dim=value_dim))
     return tuple(groups)
 
 

@@ -12,35 +12,11 @@ from enum import StrEnum
 from typing import Any
 
 from ganglion.errors import CheckpointError
+from ganglion.models.mla import MlaSpec, mla_spec
 from ganglion.models.moe_spec import ACTIVATIONS, Activation, MoeSpec, moe_spec
+from ganglion.models.rotary import RopeKind, RopeSpec, yarn_amplitude
 
 _MAX_SIZE = 1 << 24  # above it a number in a config is damage, not a size
-
-
-class RopeKind(StrEnum):
-    """How rotary frequencies are stretched beyond the trained length."""
-
-    DEFAULT = "default"
-    LINEAR = "linear"
-    LLAMA3 = "llama3"
-    YARN = "yarn"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeSpec:
-    """Rotary embedding of the first `dim` numbers of a head. Fields after `theta` count for the kinds that name them."""
-
-    dim: int
-    theta: float
-    kind: RopeKind = RopeKind.DEFAULT
-    factor: float = 1.0  # linear, llama3, yarn
-    original_max_tokens: int = 0  # llama3, yarn
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    is_truncated: bool = True  # yarn: whether the ramp starts and ends at whole dims
-    amplitude: float = 1.0  # yarn: cosine and sine are multiplied by it
 
 
 class QkNorm(StrEnum):
@@ -89,9 +65,8 @@ class DecoderSpec:
     embedding_scale: float = 1.0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
-    num_extra_layers: int = (
-        0  # stored behind the last layer, predict further tokens, are not served
-    )
+    mla: MlaSpec | None = None  # latent attention; then sizes of heads and the scale are its own
+    num_extra_layers: int = 0  # stored behind the last; they predict further tokens: not served
 
     @property
     def num_layers(self) -> int:
@@ -279,6 +254,20 @@ def _gpt_oss(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
     return replace(spec, has_qkv_bias=has_bias, has_out_bias=has_bias, has_sinks=True)
 
 
+def _deepseek(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+    mla = mla_spec(reader.config)
+    assert mla is not None, f"{spec.family} has latent attention"
+    rope = read_rope(reader, reader.rope_parameters(), mla.rope_dim, spec.max_tokens)
+    return replace(
+        spec,
+        layers=tuple(replace(layer, rope=rope) for layer in spec.layers),
+        mla=mla,
+        num_kv_heads=1,
+        has_mlp_bias=reader.flag("mlp_bias", default=False),
+        num_extra_layers=reader.integer("num_nextn_predict_layers", 0),
+    )
+
+
 def _windowed(spec: DecoderSpec, is_windowed: list[bool], window: int | None) -> DecoderSpec:
     layers = tuple(
         replace(layer, window=window if flag else None)
@@ -299,6 +288,8 @@ FAMILIES: dict[str, Callable[["_Reader", DecoderSpec], DecoderSpec]] = {
     "qwen3_moe": _qwen3_moe,
     "olmoe": _olmoe,
     "gpt_oss": _gpt_oss,
+    "deepseek_v2": _deepseek,
+    "deepseek_v3": _deepseek,
 }
 
 
@@ -344,11 +335,6 @@ def read_rope(
         is_truncated=own.flag("truncate", default=True),
         amplitude=own.number("attention_factor", amplitude),
     )
-
-
-def yarn_amplitude(factor: float, mscale: float = 1.0) -> float:
-    """How much YaRN sharpens attention at this stretch (arXiv 2309.00071, equation 22)."""
-    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 class _Reader:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ganglion.models.decoder_spec import DecoderSpec, QkNorm
+from ganglion.models.mla import MlaSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,8 @@ def decoder_targets(spec: DecoderSpec) -> dict[str, Target]:
         targets["head.weight"] = Target((Source("lm_head.weight", (spec.vocab_size, width)),))
     for layer in range(spec.num_layers):
         source, ours = f"model.layers.{layer}", f"layers.{layer}"
-        parts = [_norm_targets(spec), _attention_targets(spec)]
+        attention = _attention_targets(spec) if spec.mla is None else _latent_targets(spec.mla)
+        parts = [_norm_targets(spec), attention]
         if spec.layers[layer].moe is None:
             parts.append(_mlp_targets(spec))
         for part in parts:
@@ -77,6 +79,29 @@ def _attention_targets(spec: DecoderSpec) -> dict[str, Target]:
             )
     if spec.has_sinks:
         targets["attention.sinks"] = Target((Source("self_attn.sinks", (spec.num_heads,)),))
+    return targets
+
+
+def _latent_targets(mla: MlaSpec) -> dict[str, Target]:
+    """Names below `self_attn` are ours too."""
+    query = mla.num_heads * (mla.nope_dim + mla.rope_dim)
+    sizes = {  # name -> (high, low, has bias)
+        "kv_a_proj_with_mqa": (mla.key_dim, mla.width, mla.has_bias),
+        "kv_b_proj": (mla.num_heads * (mla.nope_dim + mla.value_dim), mla.kv_rank, False),
+        "o_proj": (mla.width, mla.num_heads * mla.value_dim, mla.has_bias),
+    }
+    norms = {"kv_a_layernorm": mla.kv_rank}
+    if mla.q_rank is None:
+        sizes["q_proj"] = (query, mla.width, False)
+    else:
+        sizes["q_a_proj"] = (mla.q_rank, mla.width, mla.has_bias)
+        sizes["q_b_proj"] = (query, mla.q_rank, False)
+        norms["q_a_layernorm"] = mla.q_rank
+    targets: dict[str, Target] = {}
+    for key, (high, low, has_bias) in sizes.items():
+        targets |= _affine(f"attention.{key}", "self_attn", {key: high}, low, has_bias=has_bias)
+    for key, size in norms.items():
+        targets[f"attention.{key}.weight"] = Target((Source(f"self_attn.{key}.weight", (size,)),))
     return targets
 
 

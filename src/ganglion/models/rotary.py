@@ -4,14 +4,45 @@ Dimension names: token, head, dim (of a head), half (of the rotated dims: one fr
 """
 
 import math
+from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ganglion.models.decoder_spec import RopeKind, RopeSpec
-
 Rotation = tuple[Tensor, Tensor]  # cosine and sine, each "token 1 half"
+
+
+class RopeKind(StrEnum):
+    """How rotary frequencies are stretched beyond the trained length."""
+
+    DEFAULT = "default"
+    LINEAR = "linear"
+    LLAMA3 = "llama3"
+    YARN = "yarn"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """Rotary embedding of the first `dim` numbers of a head. Fields after `theta` count for the kinds that name them."""
+
+    dim: int
+    theta: float
+    kind: RopeKind = RopeKind.DEFAULT
+    factor: float = 1.0  # linear, llama3, yarn
+    original_max_tokens: int = 0  # llama3, yarn
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    is_truncated: bool = True  # yarn: whether the ramp starts and ends at whole dims
+    amplitude: float = 1.0  # yarn: cosine and sine are multiplied by it
+
+
+def yarn_amplitude(factor: float, mscale: float = 1.0) -> float:
+    """How much YaRN sharpens attention at this stretch (arXiv 2309.00071, equation 22)."""
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def frequencies(rope: RopeSpec) -> Float[Tensor, " half"]:
