@@ -186,7 +186,7 @@ class GrammarCompiler:
             raise _refused(grammar.kind, "nested too deep") from None
         except json.JSONDecodeError as error:
             raise _refused(grammar.kind, f"not JSON: {error}") from None
-        if not isinstance(schema, dict | bool):
+        if not isinstance(schema, dict):
             raise _refused(grammar.kind, "a schema is an object")
         text = '{"type": "object"}' if schema == {} else grammar.text
         try:
