@@ -42,6 +42,9 @@ class EngineConfig:
     max_sessions: int = 256
     deadline_ms: float = 250.0  # of sessions that name none
     num_step_records: int = 240  # kept for the timeline
+    language_slice_us: int = 10_000  # of a language model's step while robots are connected
+    language_share: float = 0.5  # of the time, at most, that language models take from robots' work
+    language_threads: int = 0  # 0 = auto
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +83,20 @@ class MemoryConfig:
 class PolicyConfig:
     """Which policy, and how many flow steps (0 = the checkpoint's own number)."""
 
-    path: str = "metaworld-ten"  # a shipped name, a checkpoint folder, or "file.py:Class"
+    path: str = (
+        "metaworld-ten"  # a shipped name, a checkpoint folder, "file.py:Class"; "" = no policy
+    )
     num_flow_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatConfig:
+    """Language models, beside a policy or alone."""
+
+    models: tuple[str, ...] = ()  # shipped names, or folders in Hugging Face layout
+    max_tokens: int = 0  # of one request, prompt and answer; 0 = as many as the model can
+    max_choices: int = 256  # under way or waiting at once; past that, requests are refused
+    max_rows: int = 32  # computed in one step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +121,7 @@ class Config:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
 
 
@@ -119,6 +135,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "engine.max_sessions": (1, 65536),
     "engine.deadline_ms": (1, 3_600_000),
     "engine.num_step_records": (1, 100_000),
+    "engine.language_slice_us": (100, 10_000_000),
+    "engine.language_share": (0, 0.95),
+    "engine.language_threads": (0, 1024),
     "pipeline.degree": (0, 16),
     "pipeline.max_degree": (1, 16),
     "pipeline.max_age_ms": (1, 60_000),
@@ -131,6 +150,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "memory.large_page_bytes": (4096, 1024 * MIB),
     "memory.defrag_step_bytes": (0, 1024 * MIB),
     "policy.num_flow_steps": (0, 10),
+    "chat.max_tokens": (0, 10_000_000),
+    "chat.max_choices": (1, 65536),
+    "chat.max_rows": (1, 4096),
     "demo.num_arms": (1, 64),
     "demo.rate_hz": (0.1, 1000),
 }

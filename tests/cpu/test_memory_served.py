@@ -75,7 +75,7 @@ def test_hurried_sessions_leave_no_carried_page_behind() -> None:
         for name in "abc":
             service.control(CloseSession(session_id=SessionId(name), robot_id=RobotId(name)))
         answer(service, episode("last", 1)[0])  # the engine's thread has seen the closings
-    ledger = service._engine.ledger
+    ledger = service._ledger
     ledger.check_integrity()
     used = ledger.stats().num_used_pages
     assert used["memory"] <= 1  # of the last session

@@ -18,13 +18,14 @@ from ganglion.errors import ConfigError
 SETTINGS = ["--config", "--explain", "--log-level"]
 FROZEN = {
     "demo": [
-        *("--arms", "--rate", "--tasks", "--seed"),
+        *("--arms", "--rate", "--tasks", "--world", "--execution", "--seed"),
         *("--seconds", "--headless", "--no-browser", "--json"),
         *("--policy", "--flow-steps", "--port", "--dtype"),
+        *("--degree", "--context", "--warm-start", "--ladder"),
         *SETTINGS,
     ],
     "serve": [
-        *("POLICY", "--flow-steps", "--dtype"),
+        *("POLICY", "--flow-steps", "--dtype", "--no-policy", "--chat"),
         *("--host", "--port", "--api-key-file", "--allow-host"),
         *("--deadline-ms", "--max-sessions", "--arena-bytes"),
         *("--degree", "--context", "--warm-start", "--ladder"),
@@ -36,7 +37,8 @@ FROZEN = {
         *("--json", "--log-level"),
     ],
     "train": [
-        *("STAGE", "--data", "--run", "--checkpoint", "--json"),
+        *("STAGE", "--moe", "--dense", "--quick"),
+        *("--data", "--run", "--checkpoint", "--json"),
         *("--episodes", "--steps", "--until", "--eval-episodes", "--workers", "--seed"),
         "--log-level",
     ],

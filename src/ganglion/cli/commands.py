@@ -133,9 +133,8 @@ DATA = Flag(
 )
 RUN_DIR = Flag(
     name="--run",
-    default="runs/metaworld-ten",
     metavar="DIR",
-    help="checkpoints (default: %(default)s)",
+    help="checkpoints (default: runs/metaworld-ten; lm: runs/language)",
 )
 
 _SETTINGS = Group(title="settings", flags=(CONFIG_FILE, EXPLAIN, LOG_LEVEL))
@@ -240,9 +239,11 @@ DEMO = Command(
 
 SERVE = Command(
     name="serve",
-    summary="serve a policy to robots",
+    summary="serve a policy to robots, and language models beside it",
     examples=(
         "ganglion serve",
+        "ganglion serve --chat tiny-moe",
+        "ganglion serve --no-policy --chat models/Qwen3-0.6B",
         "ganglion serve path/to/checkpoint --port 8001",
         "ganglion serve examples/my_policy.py:MyPolicy",
         "ganglion serve --host 0.0.0.0 --api-key-file key.txt",
@@ -260,6 +261,19 @@ SERVE = Command(
                 ),
                 FLOW_STEPS,
                 DTYPE,
+                Flag(name="--no-policy", is_switch=True, help="language models only"),
+            ),
+        ),
+        Group(
+            title="language models",
+            flags=(
+                Flag(
+                    name="--chat",
+                    path="chat.models",
+                    is_repeatable=True,
+                    metavar="MODEL",
+                    help="shipped name or Hugging Face folder, served as OpenAI's API; repeatable",
+                ),
             ),
         ),
         Group(
@@ -354,12 +368,13 @@ RUN = Command(
 
 TRAIN = Command(
     name="train",
-    summary="make the shipped policy again: demonstrations, training, evaluation",
+    summary="make the shipped policy again: demonstrations, training, evaluation; lm: the language models",
     examples=(
         "ganglion train all",
         "ganglion train collect --workers 2",
         "ganglion train fit --until 2500",
         "ganglion train evaluate --checkpoint runs/metaworld-ten",
+        "ganglion train lm --moe",
     ),
     target="ganglion.cli.train:run",
     groups=(
@@ -368,10 +383,19 @@ TRAIN = Command(
             flags=(
                 Flag(
                     name="STAGE",
-                    choices=("collect", "fit", "correct", "evaluate", "all"),
+                    choices=("collect", "fit", "correct", "evaluate", "all", "lm"),
                     help="collect demonstrations, fit a policy to them, correct its mistakes, evaluate it; "
-                    "all: collect, half of fit, correct, the rest of fit, evaluate",
+                    "all: collect, half of fit, correct, the rest of fit, evaluate; "
+                    "lm: tiny language models, on text of this Python installation",
                 ),
+            ),
+        ),
+        Group(
+            title="lm",
+            flags=(
+                Flag(name="--moe", is_switch=True, help="the mixture of experts (default: both)"),
+                Flag(name="--dense", is_switch=True, help="its dense sibling (default: both)"),
+                Flag(name="--quick", is_switch=True, help="a few steps on a little text"),
             ),
         ),
         Group(
@@ -396,7 +420,7 @@ TRAIN = Command(
                     name="--until",
                     kind=int,
                     metavar="N",
-                    help="fit: stop at this step; a later fit goes on",
+                    help="fit, lm: stop at this step; a later run goes on",
                 ),
                 Flag(
                     name="--eval-episodes", kind=int, metavar="N", help="unseen seeds of each task"

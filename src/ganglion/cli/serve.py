@@ -1,7 +1,8 @@
-"""`ganglion serve`: one policy for many robots, until Ctrl-C."""
+"""`ganglion serve`: one policy for many robots, language models beside it, until Ctrl-C."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import ganglion
@@ -10,6 +11,7 @@ from ganglion.cli.server import serving
 from ganglion.cli.settings import resolve
 from ganglion.cli.signals import leave, stop_signal
 from ganglion.clock import RealClock
+from ganglion.generation import LanguageSpec
 from ganglion.spec import PolicySpec
 
 
@@ -26,12 +28,13 @@ def run(args: argparse.Namespace) -> NoReturn:
     with stop_signal() as stopped, serving(resolved.config, on_stage=stages) as served:
         stages.end()
         has_key = resolved.config.serve.api_key is not None
-        print(
-            greeting(
-                served.service.spec, http=served.edge.url, ws=served.edge.ws_url, has_key=has_key
-            ),
-            flush=True,
-        )
+        service, http = served.service, served.edge.url
+        if service.has_policy:
+            print(greeting(service.spec, http=http, ws=served.edge.ws_url, has_key=has_key))
+        if service.language is not None:
+            specs = service.language.language_models()
+            print(language_greeting(specs, http=http, has_key=has_key))
+        print("\nCtrl-C stops.", flush=True)
         stopped.wait()
         print("stopping: robots are told to reconnect (close code 1012)", file=sys.stderr)
     leave(0)
@@ -57,6 +60,22 @@ def greeting(spec: PolicySpec, *, http: str, ws: str, has_key: bool) -> str:
              observation = {{{observation}}}
              with Client("{ws}", robot_id="me"{key}) as client:
                  print(client.infer(observation, prompt="open the drawer").actions.shape)
-  robot      ganglion run --url {ws} --world metaworld:drawer-open
+  robot      ganglion run --url {ws} --world metaworld:drawer-open"""
 
-Ctrl-C stops."""
+
+def language_greeting(specs: Sequence[LanguageSpec], *, http: str, has_key: bool) -> str:
+    """What a user of language models needs now: the address, a curl line, a client."""
+    header = " -H 'Authorization: Bearer KEY'" if has_key else ""
+    key = "KEY" if has_key else "none"
+    name = specs[0].name
+    listing = "\n".join(
+        f"serving {spec.name} ({spec.family}, version {spec.version[:12]}): up to {spec.max_tokens} tokens a request"
+        for spec in specs
+    )
+    return f"""{listing}
+
+  OpenAI     {http}/v1
+  try        curl -s{header} {http}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+  client     from openai import OpenAI
+             client = OpenAI(base_url="{http}/v1", api_key="{key}")
+             print(client.completions.create(model="{name}", prompt="Hello", max_tokens=16).choices[0].text)"""

@@ -1,6 +1,9 @@
-"""Server: a policy behind the edge, in this process: config -> model -> service -> app. Called by serve and demo."""
+"""Server: a policy, language models or both behind the edge, in this process: config -> models -> service -> app.
 
-from collections.abc import Callable, Iterator
+Called by serve and demo.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +13,11 @@ import torch
 from ganglion.cli.policy import load_model
 from ganglion.clock import Clock, RealClock
 from ganglion.config import Config
+from ganglion.errors import ConfigError
 from ganglion.metrics import Metrics
 from ganglion.pipeline.ladder import read_ladder
 from ganglion.pipeline.local import LocalService
+from ganglion.pipeline.served import ServedLanguage
 from ganglion.serve.app import ServerThread
 
 
@@ -30,20 +35,46 @@ def serving(config: Config, *, on_stage: Callable[[str], None]) -> Iterator[Serv
     """Load, bind, calibrate, serve; everything is closed at the end. `on_stage` hears of each stage as it starts."""
     torch.set_num_threads(1)  # lanes set their own; nothing else here may compute on many threads
     clock, metrics = RealClock(), Metrics()
-    on_stage(f"loading {config.policy.path} in {config.engine.dtype}")
-    model = load_model(config.policy, dtype=config.engine.dtype)
+    model = None
+    if config.policy.path:
+        on_stage(f"loading {config.policy.path} in {config.engine.dtype}")
+        model = load_model(config.policy, dtype=config.engine.dtype)
+    languages: Sequence[ServedLanguage] = ()
+    if config.chat.models:
+        from ganglion.cli.chat import load_languages  # needs the extra `chat`
+
+        languages = load_languages(
+            config.chat,
+            dtype=config.engine.dtype,
+            max_page_bytes=config.memory.large_page_bytes,
+            on_stage=on_stage,
+        )
     path = config.pipeline.ladder
+    if path and model is None:
+        raise ConfigError(
+            f"pipeline.ladder {path!r} without a policy", next_step="remove it, or serve a policy"
+        )
     service = LocalService(
         model,
         engine=config.engine,
         memory=config.memory,
         pipeline=config.pipeline,
-        ladder=read_ladder(Path(path), model.spec) if path else None,
+        chat=config.chat,
+        languages=languages,
+        ladder=read_ladder(Path(path), model.spec) if path and model is not None else None,
         clock=clock,
         metrics=metrics,
     )
-    with ServerThread(service, config=config.serve, clock=clock, metrics=metrics) as edge:
-        on_stage("calibrating: measuring what each batch size costs here")
+    with ServerThread(
+        service,
+        config=config.serve,
+        clock=clock,
+        metrics=metrics,
+        language=service.language,
+        is_language_only=not service.has_policy,
+    ) as edge:
+        if service.has_policy:
+            on_stage("calibrating: measuring what each batch size costs here")
         service.start()
         try:
             yield Served(service=service, edge=edge, clock=clock)

@@ -23,8 +23,24 @@ def resolve(args: argparse.Namespace) -> Resolved:
     key = read_key(getattr(args, "api_key_file", None))
     if key is not None:
         flags["serve.api_key"] = ("--api-key-file", key)
+    if getattr(args, "no_policy", False):
+        if "policy.path" in flags:
+            raise ConfigError(
+                f"--no-policy beside the policy {flags['policy.path'][1]!r}",
+                next_step="leave one of them out",
+            )
+        flags["policy.path"] = ("--no-policy", "")
     file = Path(args.config) if args.config else DEFAULT_FILE if DEFAULT_FILE.exists() else None
-    resolved = load(file=file, flags=flags, autos=auto_values(read_hardware()))
+    hardware = read_hardware()
+    asked = load(file=file, flags=flags, autos=auto_values(hardware)).config
+    has_policy, has_chat = bool(asked.policy.path), bool(asked.chat.models)
+    if not has_policy and not has_chat:
+        raise ConfigError(
+            "no policy and no language model: nothing to serve",
+            next_step="name a language model: --chat tiny-moe, or --chat FOLDER",
+        )
+    autos = auto_values(hardware, has_policy=has_policy, has_chat=has_chat)
+    resolved = load(file=file, flags=flags, autos=autos)
     origins = {setting.path: setting.origin for setting in resolved.settings}
     path = resolved.config.policy.path
     if ".py" in path and not origins["engine.dtype"].startswith(AUTO):

@@ -1,13 +1,14 @@
 """Lanes: threads pinned to cores, each with as many torch threads as cores. Called by the executor.
 
-Lane 0 is the engine loop's own thread, so a server with one lane hands no work over. Knows nothing of plans.
+Lane 0 is the engine loop's own thread, so a server with one lane hands no work over. Beside them a crew: one thread that
+computes on many cores, for forwards that no lane could do alone. Knows nothing of plans.
 """
 
 import os
 import queue
 import threading
 from collections.abc import Callable, Sequence, Set
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -85,3 +86,30 @@ class Lanes:
                 task, future = item
                 task()
                 future.set_result(None)
+
+
+class Crew:
+    """A thread that computes with `num_threads` of torch's, on any core; whoever asks waits for it, so lanes lie still.
+
+    Made before lane 0 is pinned, since threads inherit their cores.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        assert num_threads >= 1, num_threads
+        self._num_threads = num_threads
+        self._allowed: Set[int] = (
+            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else frozenset()
+        )
+        self._thread = ThreadPoolExecutor(1, "crew", initializer=self._open)
+
+    def run(self, task: Task) -> None:
+        """Run a task to its end; raises what it raised."""
+        self._thread.submit(task).result()
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._thread.shutdown()
+
+    def _open(self) -> None:
+        pin_this_thread(frozenset(), allowed=self._allowed)
+        torch.set_num_threads(self._num_threads)

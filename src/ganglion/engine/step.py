@@ -184,6 +184,13 @@ class Engine:
         """What is left of every request under way."""
         return outlooks(self._works.values(), self._cost, may_see_newer=self._may_see_newer)
 
+    def slack_us(self) -> int | None:
+        """How long all requests under way may stand still and still meet their deadlines; None: there are none."""
+        now_us = round(self._clock.now_s() * 1e6)
+        left_us = {outlook.request_id: outlook.left_us for outlook in self.outlooks()}
+        slacks = (w.deadline_us - now_us - left_us[w.request_id] for w in self._works.values())
+        return min(slacks, default=None)
+
     def num_flow_steps(self, request_id: RequestId) -> int:
         """Flow steps that were run for a request in flight."""
         work = self._works.get(request_id)

@@ -136,6 +136,17 @@ class Dispatcher:
         """Is an observation in the engine or waiting for it?"""
         return self._engine.has_work or any(s.waiting for s in self._sessions.values())
 
+    @property
+    def has_sessions(self) -> bool:
+        """Is a robot connected?"""
+        return bool(self._sessions)
+
+    def slack_us(self) -> int | None:
+        """How long robots' work may stand still without a missed deadline; None: they have none."""
+        if not self.has_work:
+            return None
+        return self._engine.slack_us() or 0
+
     def is_wanted(self, session_id: SessionId) -> bool:
         """Would an observation of this session go into the engine at once?"""
         session = self._sessions.get(session_id)

@@ -1,27 +1,24 @@
-"""LocalService: the Service in this process. Wires memory, engine and sessions; one thread runs them all.
+"""LocalService: the Service in this process: a policy, language models, or both. One pool of pages, one thread.
 
-Called by the edge (through `Service`), by `cli` and by `bench`. Its public methods are thread-safe and never wait for
-a step.
+Called by the edge (through `Service` and `LanguageService`), by `cli` and by `bench`. Its public methods are thread-safe
+and never wait for a step. Robots' steps come first; language models take the turns that `pipeline.turns` gives them.
 """
 
 import itertools
 import logging
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
 from ganglion.clock import Clock, RealClock
-from ganglion.config import EngineConfig, MemoryConfig, PipelineConfig
-from ganglion.engine.executor import Executor
-from ganglion.engine.lane import Lanes
+from ganglion.config import ChatConfig, EngineConfig, MemoryConfig, PipelineConfig
+from ganglion.engine.lane import Crew, Lanes
+from ganglion.engine.language import LanguageEngine
 from ganglion.engine.loop import EngineLoop
-from ganglion.engine.memories import MemoryPolicy
-from ganglion.engine.scheduler import DeadlineScheduler
-from ganglion.engine.step import Engine
 from ganglion.errors import (
     CancelledError,
+    ConfigError,
     FieldError,
     GanglionError,
     InternalError,
@@ -30,17 +27,16 @@ from ganglion.errors import (
 )
 from ganglion.layout import PoolLayout
 from ganglion.memory.arena import Arena
-from ganglion.memory.codec.int8 import Int8Codec
 from ganglion.memory.ledger import Ledger
 from ganglion.metrics import Metrics
-from ganglion.models.base import Model, Remembering
-from ganglion.pipeline.admission import Admission
-from ganglion.pipeline.dispatch import Cancel, Dispatcher, Message, Refresh
-from ganglion.pipeline.gate import gate_config
+from ganglion.models.base import Model
+from ganglion.pipeline.dispatch import Cancel, Message, Refresh
 from ganglion.pipeline.ladder import Ladder
+from ganglion.pipeline.language import Abandon, Generate, LanguageFront, LanguageMessage
+from ganglion.pipeline.policy_part import PolicyPart, policy_layouts
+from ganglion.pipeline.served import ServedLanguage
 from ganglion.pipeline.session import Submission
-from ganglion.pipeline.triage import Triage
-from ganglion.pipeline.tune import Tuner
+from ganglion.pipeline.turns import Turns
 from ganglion.plan.cost import MeasuredCost
 from ganglion.service import OnDone
 from ganglion.spec import PolicySpec
@@ -58,87 +54,75 @@ from ganglion.types import (
 logger = logging.getLogger(__name__)
 
 PICTURE_PERIOD_S = 0.05
-CALIBRATION_ROWS = (1, 1, 2, 4, 8, 16, 1)
-CALIBRATION_LIMIT_S = 2.0
 
 
 class LocalService:
-    """One model on one arena behind the Service protocol. `with LocalService(model, ...) as service: ...`"""
+    """A policy and language models on one arena. `with LocalService(model, ...) as service: ...`
+
+    Without a policy (`model` None) only `language` and `stats` may be used.
+    """
 
     def __init__(
         self,
-        model: Model,
+        model: Model | None,
         *,
         engine: EngineConfig,
         memory: MemoryConfig,
         pipeline: PipelineConfig | None = None,
+        chat: ChatConfig | None = None,
+        languages: Sequence[ServedLanguage] = (),
         ladder: Ladder | None = None,
         clock: Clock | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        self._model, self._config = model, engine
-        pipeline = pipeline or PipelineConfig()
-        self._clock = clock or RealClock()
-        self._lanes = Lanes(engine.lanes or ((),))
-        name = model.spec.name
-        layouts = model.layouts
-        if memory.history_whole and isinstance(model, Remembering):
-            carried = {carry.stage for carry in model.carries if carry.depth > memory.history_whole}
-            names = {stage.layout for stage in model.stages if stage.name in carried}
-            encoded = [Int8Codec().encoded(layout) for layout in layouts if layout.name in names]
-            layouts = (*layouts, *encoded)
+        assert model is not None or languages, "nothing to serve"
+        self._config, self._clock = engine, clock or RealClock()
+        self._lanes = Lanes(engine.lanes if engine.lanes and model is not None else ((),))
+        layouts = () if model is None else policy_layouts(model, memory)
+        for served in languages:
+            layouts = (*layouts, *(group.layout for group in served.model.groups))
         layout = PoolLayout(large_page_bytes=memory.large_page_bytes, layouts=layouts)
         num_large_pages = memory.arena_bytes // memory.large_page_bytes
-        cost = MeasuredCost()
-        self._engine = Engine(
-            {name: model},
-            Ledger(layout, num_large_pages),
-            DeadlineScheduler(
-                {name: model.stages}, cost, max_rows=engine.max_rows, num_lanes=len(self._lanes)
-            ),
-            Executor({name: model}, Arena(layout, num_large_pages), self._lanes, self._clock),
-            cost,
-            self._clock,
-            step_budget_us=engine.step_budget_us,
-            num_step_records=engine.num_step_records,
-            defrag_budget_bytes=memory.defrag_step_bytes,
-            is_context_public=pipeline.context == "public",
-            warm_start_share=pipeline.warm_start,
-            memory_policy=MemoryPolicy(num_whole=memory.history_whole or None),
-        )
-        tuner = Tuner(pipeline, cost, model=name, stages=model.stages, num_lanes=len(self._lanes))
-        admission = Admission(
-            cost,
-            model=name,
-            stages=model.stages,
-            max_rows=engine.max_rows,
-            num_lanes=len(self._lanes),
-            max_age_ms=pipeline.max_age_ms,
-        )
-        triage = Triage(model.spec, admission=admission, ladder=ladder)
-        self._dispatcher = Dispatcher(
-            self._engine,
-            model.spec,
-            self._clock,
-            metrics or Metrics(),
-            tuner,
-            triage,
-            gate=gate_config(pipeline),
-        )
-        self._loop: EngineLoop[Message] = EngineLoop(
+        self._ledger, arena = Ledger(layout, num_large_pages), Arena(layout, num_large_pages)
+        self._policy: PolicyPart | None = None
+        if model is not None:
+            self._policy = PolicyPart(
+                model,
+                ledger=self._ledger,
+                arena=arena,
+                lanes=self._lanes,
+                engine=engine,
+                memory=memory,
+                pipeline=pipeline or PipelineConfig(),
+                ladder=ladder,
+                clock=self._clock,
+                metrics=metrics or Metrics(),
+            )
+        self._loop: EngineLoop[Message | LanguageMessage] = EngineLoop(
             open_=self._open,
             handle=self._handle,
             step=self._step,
             on_defect=self._on_defect,
             close=self._close,
         )
+        self._front: LanguageFront | None = None
+        self._crew: Crew | None = None
+        self._turns = Turns(
+            step_us=engine.step_budget_us,
+            slice_us=engine.language_slice_us,
+            share=engine.language_share,
+        )
+        if languages:
+            self._front = self._language_front(languages, chat or ChatConfig(), arena)
+            if engine.language_threads > 1:
+                self._crew = Crew(engine.language_threads)
         self._request_ids = itertools.count(1)
         self._owners_lock = threading.Lock()
         self._owners: dict[SessionId, RobotId] = {}
         self._is_ready = False
         self._stage = "starting"
         self._opened = threading.Event()
-        self._picture = self._dispatcher.picture(is_ready=False, stage=self._stage)
+        self._picture = self._paint()
 
     # --- life --------------------------------------------------------------------------------------------------
 
@@ -152,7 +136,7 @@ class LocalService:
         if not self._is_ready:
             self.close()
             raise InternalError(
-                f"the policy {self._model.spec.name!r} failed in calibration",
+                f"{self._names()} failed in calibration",
                 next_step="see the traceback in the log above",
             )
 
@@ -175,10 +159,21 @@ class LocalService:
     # --- Service -----------------------------------------------------------------------------------------------
 
     @property
+    def has_policy(self) -> bool:
+        """Is there a policy, or are there language models only?"""
+        return self._policy is not None
+
+    @property
+    def language(self) -> LanguageFront | None:
+        """The LanguageService; None: no language model is served."""
+        return self._front
+
+    @property
     def spec(self) -> PolicySpec:
-        return self._model.spec
+        return self._served_policy().spec
 
     def submit(self, observation: Observation, on_done: OnDone) -> RequestId:
+        self._served_policy()
         self._claim(observation.session_id, observation.robot_id)
         request_id = RequestId(next(self._request_ids))
         now_s = self._clock.now_s()
@@ -199,6 +194,7 @@ class LocalService:
         self._loop.post(Cancel(request_id))
 
     def control(self, command: Command) -> None:
+        self._served_policy()
         with self._owners_lock:
             owner = self._owners.get(command.session_id)
         if owner is None:
@@ -236,7 +232,8 @@ class LocalService:
         try:
             self._lanes.open()
             self._stage = "calibrating"
-            self._calibrate()
+            if self._policy is not None:
+                self._policy.calibrate()
             self._is_ready, self._stage = True, "serving"
         finally:
             if not self._is_ready:
@@ -244,68 +241,119 @@ class LocalService:
             self._refresh()
             self._opened.set()
 
-    def _handle(self, message: Message) -> None:
-        self._dispatcher.handle(message)
-        if isinstance(message, Refresh) and self._is_picture_old():
-            self._refresh()
+    def _handle(self, message: Message | LanguageMessage) -> None:
+        match message:
+            case Generate() | Abandon():
+                assert self._front is not None, "posted by the front"
+                self._front.handle(message)
+            case Refresh():
+                if self._is_picture_old():
+                    self._refresh()
+            case _:
+                self._served_policy().dispatcher.handle(message)
 
     def _step(self) -> bool:
-        return self._dispatcher.step()
+        has_robot_work = False
+        if self._policy is not None:
+            start_s = self._clock.now_s()
+            has_robot_work = self._policy.dispatcher.step()
+            self._turns.observe_robots((self._clock.now_s() - start_s) * 1e6)
+        if self._front is None or not self._front.has_work:
+            return has_robot_work
+        dispatcher = None if self._policy is None else self._policy.dispatcher
+        budget_us = self._turns.budget_us(
+            has_robots=dispatcher is not None and dispatcher.has_sessions,
+            slack_us=None if dispatcher is None else dispatcher.slack_us(),
+        )
+        if budget_us is not None:
+            start_s = self._clock.now_s()
+            self._language_step(self._front, budget_us)
+            self._turns.observe_turn(
+                (self._clock.now_s() - start_s) * 1e6,
+                budget_us=budget_us,
+                has_robot_work=has_robot_work,
+            )
+        return has_robot_work or self._front.has_work
+
+    def _language_step(self, front: LanguageFront, budget_us: int) -> None:
+        if self._crew is None:
+            front.step(budget_us)
+        else:
+            self._crew.run(lambda: front.step(budget_us))
 
     def _on_defect(self, error: Exception) -> None:
-        self._dispatcher.fail_all(
+        self._fail_all(
             error if isinstance(error, GanglionError) else InternalError("the engine failed")
         )
 
     def _close(self) -> None:
         self._is_ready, self._stage = False, "stopped"
-        self._dispatcher.fail_all(
+        if self._front is not None:
+            self._front.close()
+        self._fail_all(
             CancelledError("the server is stopping", next_step="reconnect when it is back")
         )
         self._refresh()
         self._lanes.close()
+        if self._crew is not None:
+            self._crew.close()
+
+    def _fail_all(self, error: GanglionError) -> None:
+        if self._policy is not None:
+            self._policy.dispatcher.fail_all(error)
+        if self._front is not None:
+            self._front.fail_all(error)
 
     def _refresh(self) -> None:
-        self._picture = self._dispatcher.picture(is_ready=self._is_ready, stage=self._stage)
+        self._picture = self._paint()
 
-    def _calibrate(self) -> None:
-        """Run made-up observations through the real path: warms kernels up and fills the cost table."""
-        rng = np.random.default_rng(0)
-        end_s = self._clock.now_s() + CALIBRATION_LIMIT_S
-        session_id = SessionId("calibration")
-        numbers = itertools.count()
-        for num_rows in CALIBRATION_ROWS:
-            if num_rows > self._config.max_rows:
-                continue
-            for row in range(num_rows):
-                self._engine.submit(
-                    RequestId(-1 - row),
-                    self.spec.name,
-                    self._made_up_observation(rng, session_id, next(numbers)),
-                    deadline_s=0.0,
-                )
-            while self._engine.has_work:
-                self._engine.step()
-            for finished in self._engine.drain_finished():
-                if isinstance(finished.outcome, GanglionError):
-                    raise finished.outcome
-            if self._clock.now_s() > end_s:
-                break
-        self._engine.close_session(session_id)
-        self._engine.records.clear()
+    # --- parts ---------------------------------------------------------------------------------------------------
 
-    def _made_up_observation(
-        self, rng: np.random.Generator, session_id: SessionId, seq: int
-    ) -> Observation:
-        return Observation(
-            session_id=session_id,
-            robot_id=RobotId("calibration"),
-            seq=seq,
-            images={
-                view.key: rng.integers(0, 256, (view.height, view.width, 3), dtype=np.uint8)
-                for view in self.spec.views
-            },
-            state=np.zeros(self.spec.state_dim, dtype=np.float32),
-            prompt=f"calibration {seq}",
-            seed=seq,
+    def _language_front(
+        self, languages: Sequence[ServedLanguage], chat: ChatConfig, arena: Arena
+    ) -> LanguageFront:
+        served = {each.spec.name: each for each in languages}
+        if len(served) < len(languages):
+            raise ConfigError(
+                f"two language models of one name among {', '.join(e.spec.name for e in languages)}",
+                next_step="rename a folder: it names its model",
+            )
+        core = LanguageEngine(
+            {name: each.model for name, each in served.items()},
+            self._ledger,
+            arena,
+            self._clock,
+            max_rows=chat.max_rows,
+            cost=MeasuredCost(),
+        )
+        return LanguageFront(
+            core, served, self._clock, self._loop.post, max_choices=chat.max_choices
+        )
+
+    def _served_policy(self) -> PolicyPart:
+        assert self._policy is not None, (
+            "this service has no policy: the edge gives robots no door to it"
+        )
+        return self._policy
+
+    def _names(self) -> str:
+        names = [] if self._policy is None else [f"the policy {self._policy.spec.name!r}"]
+        if self._front is not None:
+            names += [f"the model {spec.name!r}" for spec in self._front.language_models()]
+        return " or ".join(names)
+
+    def _paint(self) -> ServiceStats:
+        if self._policy is not None:
+            return self._policy.dispatcher.picture(is_ready=self._is_ready, stage=self._stage)
+        return ServiceStats(
+            now_s=self._clock.now_s(),
+            is_ready=self._is_ready,
+            stage=self._stage,
+            sessions=(),
+            pool=self._ledger.stats(),
+            steps=(),
+            num_requests=0,
+            num_results=0,
+            num_errors=0,
+            num_cancelled=0,
         )

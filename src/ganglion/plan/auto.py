@@ -5,21 +5,26 @@ Pure: takes the hardware as data.
 
 from ganglion.config import Auto
 from ganglion.plan.hardware import Hardware
-from ganglion.units import MIB, format_bytes
+from ganglion.units import GIB, MIB, format_bytes
 
 MAX_LANES = 8  # past that, lanes of a small policy wait for each other's steps
 LARGEST_AUTO_ARENA_BYTES = (
     256 * MIB
 )  # about 900 contexts of the shipped policy: a fleet is 1 to 50 robots
 SMALLEST_AUTO_ARENA_BYTES = 64 * MIB
+LARGEST_AUTO_CHAT_ARENA_BYTES = 8 * GIB  # keys and values of a conversation are MBs, of a fleet GBs
 
 
-def auto_values(hardware: Hardware) -> dict[str, Auto]:
-    """Config path -> value for this machine."""
+def auto_values(
+    hardware: Hardware, *, has_policy: bool = True, has_chat: bool = False
+) -> dict[str, Auto]:
+    """Config path -> value for this machine, and for what is served on it."""
+    largest_bytes = LARGEST_AUTO_CHAT_ARENA_BYTES if has_chat else LARGEST_AUTO_ARENA_BYTES
     return {
         "engine.lanes": _lanes(hardware),
         "engine.dtype": _dtype(hardware),
-        "memory.arena_bytes": _arena(hardware),
+        "engine.language_threads": _language_threads(hardware, has_policy=has_policy),
+        "memory.arena_bytes": _arena(hardware, largest_bytes),
     }
 
 
@@ -45,11 +50,19 @@ def _dtype(hardware: Hardware) -> Auto:
     return Auto(value="float32", formula="this CPU has neither amx_bf16 nor avx512_bf16")
 
 
-def _arena(hardware: Hardware) -> Auto:
+def _language_threads(hardware: Hardware, *, has_policy: bool) -> Auto:
+    num_cores = max(1, len(hardware.cores))
+    if not has_policy:
+        return Auto(value=num_cores, formula=f"{num_cores} cores, no policy beside")
+    half = max(1, num_cores // 2)
+    return Auto(value=half, formula=f"{num_cores} cores // 2, the rest for robots and sockets")
+
+
+def _arena(hardware: Hardware, largest_bytes: int) -> Auto:
     available_bytes = hardware.available_bytes
     if available_bytes == 0:
         return Auto(value=LARGEST_AUTO_ARENA_BYTES, formula="free memory is unknown here")
     quarter = available_bytes // 4 // MIB * MIB
-    value = max(SMALLEST_AUTO_ARENA_BYTES, min(LARGEST_AUTO_ARENA_BYTES, quarter))
-    limit = format_bytes(LARGEST_AUTO_ARENA_BYTES)
+    value = max(SMALLEST_AUTO_ARENA_BYTES, min(largest_bytes, quarter))
+    limit = format_bytes(largest_bytes)
     return Auto(value=value, formula=f"min({limit}, {format_bytes(available_bytes)} available / 4)")

@@ -52,16 +52,23 @@ def build_app(
     clock: Clock,
     metrics: Metrics,
     language: LanguageService | None = None,
+    is_language_only: bool = False,
 ) -> ASGIApp:
-    """The whole edge as one ASGI application. Raises ConfigError when it would be open to the world."""
+    """The whole edge as one ASGI application. Raises ConfigError when it would be open to the world.
+
+    `is_language_only`: the service has no policy, so there is neither a door for robots nor a dashboard of them.
+    """
     check_exposure(config)
-    hub = Hub(clock, max_robots=config.max_connections)
-    routes = [
-        *(openai_routes(language, policy=service.spec) if language is not None else []),
-        *health_routes(service, metrics),
-        *dashboard_routes(hub=hub, service=service, clock=clock),
-    ]
-    robots = RobotEndpoint(service, config=config, clock=clock, metrics=metrics)
+    policy = None if is_language_only else service.spec
+    routes: list[BaseRoute] = []
+    if language is not None:
+        routes += openai_routes(language, policy=policy)
+    routes += health_routes(service, metrics)
+    robots: RobotEndpoint | None = None
+    if policy is not None:
+        hub = Hub(clock, max_robots=config.max_connections)
+        routes += dashboard_routes(hub=hub, service=service, clock=clock)
+        robots = RobotEndpoint(service, config=config, clock=clock, metrics=metrics)
     app: ASGIApp = _Edge(routes, robots)
     if config.api_key is not None:
         app = KeyGuard(app, api_key=config.api_key, metrics=metrics)
@@ -71,7 +78,7 @@ def build_app(
 class _Edge:
     """HTTP and the dashboard's websockets by route; any other websocket is a robot's, as in openpi."""
 
-    def __init__(self, routes: list[BaseRoute], robots: RobotEndpoint) -> None:
+    def __init__(self, routes: list[BaseRoute], robots: RobotEndpoint | None) -> None:
         self._pages, self._robots = Starlette(routes=routes), robots
         self._page_sockets = {route.path for route in routes if isinstance(route, WebSocketRoute)}
         # "/" is the dashboard's page over HTTP and openpi's usual address as a websocket.
@@ -81,6 +88,9 @@ class _Edge:
         if scope["type"] == "websocket" and scope["path"] not in self._page_sockets:
             if scope["path"] in self._http_only:
                 text = f"{scope['path']} is not a websocket; robots use /\n"
+                await refuse(scope, receive, send, status=404, text=text)
+            elif self._robots is None:
+                text = "this server has language models only, no policy for robots\n"
                 await refuse(scope, receive, send, status=404, text=text)
             else:
                 await self._robots(scope, receive, send)
@@ -106,6 +116,7 @@ class Server:
         clock: Clock | None = None,
         metrics: Metrics | None = None,
         language: LanguageService | None = None,
+        is_language_only: bool = False,
     ) -> Self:
         """Bind the address (port 0: a free one). Raises ConfigError when it is taken or not allowed."""
         app = build_app(
@@ -114,6 +125,7 @@ class Server:
             clock=clock or RealClock(),
             metrics=metrics or Metrics(),
             language=language,
+            is_language_only=is_language_only,
         )
         sock = _bind(config)
         server = uvicorn.Server(
@@ -184,10 +196,16 @@ class ServerThread:
         clock: Clock | None = None,
         metrics: Metrics | None = None,
         language: LanguageService | None = None,
+        is_language_only: bool = False,
     ) -> None:
         config = config or ServeConfig(port=0)
         self._server = Server.bind(
-            service, config=config, clock=clock, metrics=metrics, language=language
+            service,
+            config=config,
+            clock=clock,
+            metrics=metrics,
+            language=language,
+            is_language_only=is_language_only,
         )
         self._thread = threading.Thread(target=self._server.serve, name="edge", daemon=True)
 

@@ -17,7 +17,9 @@ from ganglion.serve.openai.catalog import Catalog, model_body
 from ganglion.serve.openai.chat import ChatReader
 from ganglion.serve.openai.completions import CompletionReader
 from ganglion.serve.openai.endpoint import GenerateEndpoint, JsonEndpoint, json_bytes
+from ganglion.serve.openai.openapi import openapi_body
 from ganglion.serve.openai.refusal import error_body, status_of
+from ganglion.serve.openai.responses import ResponseReader
 from ganglion.serve.openai.tokens import TokenReader
 from ganglion.service import LanguageService
 from ganglion.spec import PolicySpec
@@ -28,8 +30,8 @@ MAX_BODY_BYTES = 8 * MIB
 Read = Callable[[object, int], Prepared]
 
 
-def openai_routes(language: LanguageService, *, policy: PolicySpec) -> list[BaseRoute]:
-    """`/v1/chat/completions /v1/completions /v1/models /tokenize /detokenize`. `policy` is listed too."""
+def openai_routes(language: LanguageService, *, policy: PolicySpec | None) -> list[BaseRoute]:
+    """All paths of `openapi`, and that document itself. `policy` is listed among the models, if there is one."""
     catalog, started_s = Catalog(language), unix_s()
 
     def generate(path: str, read: Read) -> Route:
@@ -42,23 +44,32 @@ def openai_routes(language: LanguageService, *, policy: PolicySpec) -> list[Base
 
     async def models(request: Request) -> Response:
         listed = [model_body(spec, started_s) for spec in catalog.specs()]
-        return _json({"object": "list", "data": [*listed, _policy_body(policy, started_s)]})
+        if policy is not None:
+            listed.append(_policy_body(policy, started_s))
+        return _json({"object": "list", "data": listed})
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
-        if name == policy.name:
+        if policy is not None and name == policy.name:
             return _json(_policy_body(policy, started_s))
         try:
             return _json(model_body(catalog.find(name), started_s))
         except GanglionError as error:
             return _json(error_body(error, ""), status_of(error))
 
+    described = openapi_body()
+
+    async def document(request: Request) -> Response:
+        return _json(described)
+
     tokens = TokenReader(catalog)
     return [
         generate("/v1/chat/completions", ChatReader(catalog).read),
         generate("/v1/completions", CompletionReader(catalog).read),
+        generate("/v1/responses", ResponseReader(catalog).read),
         compute("/tokenize", tokens.tokenize),
         compute("/detokenize", tokens.detokenize),
+        Route("/openapi.json", document),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
     ]

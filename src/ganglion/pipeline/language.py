@@ -1,0 +1,299 @@
+"""LanguageFront: the LanguageService over a language engine: admission, and text from tokens.
+
+`generate` and `cancel` come from any thread and are posted to the engine's; all else here runs on that one, called by
+`pipeline.local`. Knows text and requests; neither pages nor tensors.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ganglion.clock import Clock
+from ganglion.engine.language import Ended
+from ganglion.engine.sampler import Matcher
+from ganglion.errors import (
+    CancelledError,
+    FieldError,
+    GanglionError,
+    InternalError,
+    OverloadedError,
+)
+from ganglion.generation import (
+    FinishReason,
+    GenerateRequest,
+    LanguageSpec,
+    PromptScored,
+    TextDelta,
+    TokenDelta,
+    TokenLogprob,
+    Usage,
+)
+from ganglion.models.detokenizer import Detokenizer, StopMatcher
+from ganglion.pipeline.served import ServedLanguage, ShowingTokenizer
+from ganglion.service import OnGenerated, TextTokenizer
+from ganglion.types import RequestId
+
+SMOOTHING = 0.2
+
+
+class LanguageCore(Protocol):
+    """What this asks of the language engine."""
+
+    def submit(
+        self, request_id: RequestId, request: GenerateRequest, *, matchers: Sequence[Matcher] = ()
+    ) -> None:
+        """Take a request in; `matchers`: of its grammar, one per choice."""
+        ...
+
+    def cancel(self, request_id: RequestId, reason: GanglionError | None = None) -> None:
+        """Drop a request; it still ends, with `reason`."""
+        ...
+
+    def stop(self, request_id: RequestId, choice: int) -> None:
+        """One choice has what its user wants; the others go on, a Usage comes with the last."""
+        ...
+
+    def step(self, budget_us: int) -> bool:
+        """One forward; is there more to do?"""
+        ...
+
+    def drain(self) -> Sequence[TokenDelta | PromptScored | Ended]:
+        """What came out since the last call, in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """Message: a checked request."""
+
+    request_id: RequestId
+    request: GenerateRequest
+    matchers: tuple[Matcher, ...]
+    on_generated: OnGenerated
+    submitted_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    """Message: drop a request."""
+
+    request_id: RequestId
+
+
+LanguageMessage = Generate | Abandon
+
+
+class LanguageFront:
+    """Language models behind the LanguageService protocol. `core` belongs to the engine's thread, like `handle` and `step`."""
+
+    def __init__(
+        self,
+        core: LanguageCore,
+        served: Mapping[str, ServedLanguage],
+        clock: Clock,
+        post: Callable[[LanguageMessage], None],
+        *,
+        max_choices: int,
+    ) -> None:
+        self._core, self._served, self._clock, self._post = core, dict(served), clock, post
+        self._max_choices = max_choices
+        self._lock = threading.Lock()
+        self._num_choices = 0  # of all requests that have not ended
+        self._mean_request_s = 1.0
+        self._request_ids = itertools.count(1)
+        self._open: dict[RequestId, _Open] = {}
+        self._is_closed = False
+
+    # --- LanguageService, from any thread ------------------------------------------------------------------------
+
+    def language_models(self) -> tuple[LanguageSpec, ...]:
+        """Those that a request may name."""
+        return tuple(served.spec for served in self._served.values())
+
+    def tokenizer(self, model: str) -> TextTokenizer:
+        """Of one of them."""
+        return self._find(model).tokenizer
+
+    def generate(self, request: GenerateRequest, on_generated: OnGenerated) -> RequestId:
+        """Check, count and queue one prompt. `max_tokens` becomes what the model has room for."""
+        served = self._find(request.model)
+        request = served.checked(request)
+        matchers = served.matchers(request)
+        with self._lock:
+            if self._is_closed:
+                raise _stopping()
+            if self._num_choices + request.num_choices > self._max_choices:
+                raise OverloadedError(
+                    "the queue of prompts",
+                    limit=self._max_choices,
+                    retry_after_s=self._mean_request_s,
+                )
+            self._num_choices += request.num_choices
+        request_id = RequestId(next(self._request_ids))
+        self._post(
+            Generate(
+                request_id=request_id,
+                request=request,
+                matchers=matchers,
+                on_generated=on_generated,
+                submitted_s=self._clock.now_s(),
+            )
+        )
+        return request_id
+
+    def cancel(self, request_id: RequestId) -> None:
+        """Drop a request between two steps."""
+        self._post(Abandon(request_id=request_id))
+
+    # --- on the engine's thread ----------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Is a request open?"""
+        return bool(self._open)
+
+    def handle(self, message: LanguageMessage) -> None:
+        """Apply one message."""
+        match message:
+            case Generate():
+                self._submit(message)
+            case Abandon(request_id=request_id):
+                if request_id in self._open:
+                    self._core.cancel(request_id)
+                    self._pass_on()
+
+    def step(self, budget_us: int) -> None:
+        """One forward of the engine, and the text that it makes."""
+        self._core.step(budget_us)
+        self._pass_on()
+
+    def fail_all(self, error: GanglionError) -> None:
+        """End every open request with `error` (a defect, or the server is stopping)."""
+        for request_id in list(self._open):
+            self._core.cancel(request_id, error)
+        self._pass_on()
+        assert not self._open, f"{len(self._open)} requests outlived their cancellation"
+
+    def close(self) -> None:
+        """End what is open; take no more."""
+        with self._lock:
+            self._is_closed = True
+        self.fail_all(_stopping())
+
+    def _submit(self, message: Generate) -> None:
+        request = message.request
+        tokenizer = self._served[request.model].tokenizer
+        self._open[message.request_id] = _Open(
+            message=message,
+            choices=[_Choice(tokenizer, request) for _ in range(request.num_choices)],
+        )
+        try:
+            self._core.submit(message.request_id, request, matchers=message.matchers)
+        except GanglionError as error:
+            self._end(message.request_id, error)
+            return
+        except Exception:
+            self._end(message.request_id, InternalError("the language engine failed"))
+            raise
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """From tokens to text, until the engine has nothing more to say: ending a choice may end its request."""
+        while items := self._core.drain():
+            for item in items:
+                open_ = self._open.get(item.request_id)
+                if open_ is None:
+                    continue
+                match item:
+                    case TokenDelta():
+                        self._show(item, open_)
+                    case PromptScored():
+                        open_.message.on_generated(item)
+                    case Ended():
+                        self._end(item.request_id, item.outcome)
+
+    def _show(self, item: TokenDelta, open_: "_Open") -> None:
+        choice = open_.choices[item.choice]
+        if choice.is_over:
+            return
+        delta = choice.take(item)
+        if delta is not None:
+            open_.message.on_generated(delta)
+        if choice.is_over and item.finish is None:
+            self._core.stop(item.request_id, item.choice)
+
+    def _end(self, request_id: RequestId, outcome: Usage | GanglionError) -> None:
+        open_ = self._open.pop(request_id)
+        took_s = self._clock.now_s() - open_.message.submitted_s
+        with self._lock:
+            self._num_choices -= len(open_.choices)
+            self._mean_request_s += SMOOTHING * (took_s - self._mean_request_s)
+        open_.message.on_generated(outcome)
+
+    def _find(self, model: str) -> ServedLanguage:
+        served = self._served.get(model)
+        if served is None:
+            names = ", ".join(self._served)
+            raise FieldError("model", expected=f"one of {names}", got=repr(model)[:200])
+        return served
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request that has not ended."""
+
+    message: Generate
+    choices: "list[_Choice]" = field(default_factory=list)
+
+
+class _Choice:
+    """From the tokens of one choice to text that may be shown, with the tokens that made it."""
+
+    def __init__(self, tokenizer: ShowingTokenizer, request: GenerateRequest) -> None:
+        self._tokenizer = tokenizer
+        self._min_tokens = request.sampling.min_tokens
+        self._detokenizer, self._matcher = Detokenizer(), StopMatcher(request.sampling.stop)
+        self._num_tokens = 0
+        self._ids: list[int] = []  # of text that is held back
+        self._logprobs: list[TokenLogprob] = []
+        self.is_over = False
+
+    def take(self, item: TokenDelta) -> TextDelta | None:
+        """What of it may be shown now. A stop string ends the choice at the token that completes it."""
+        text, stop, num_taken = "", None, 0
+        for token_id in item.token_ids:
+            num_taken += 1
+            self._num_tokens += 1
+            new = self._detokenizer.feed(self._tokenizer.shown_bytes(token_id))
+            if self._num_tokens <= self._min_tokens:
+                text += new
+                continue
+            passed = self._matcher.feed(new)
+            text, stop = text + passed.text, passed.stop
+            if stop is not None:
+                break
+        self._ids += item.token_ids[:num_taken]
+        self._logprobs += item.logprobs[:num_taken]
+        finish = FinishReason.STOP if stop is not None else item.finish
+        if finish is not None and stop is None:
+            passed = self._matcher.feed(self._detokenizer.finish())
+            text += passed.text + self._matcher.finish()
+        self.is_over = finish is not None
+        if not text and finish is None:
+            return None
+        delta = TextDelta(
+            choice=item.choice,
+            text=text,
+            token_ids=tuple(self._ids),
+            logprobs=tuple(self._logprobs),
+            finish=finish,
+            stop=item.stop_token_id if stop is None else stop,
+        )
+        self._ids, self._logprobs = [], []
+        return delta
+
+
+def _stopping() -> CancelledError:
+    return CancelledError("the server is stopping", next_step="ask again when it is back")
