@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ganglion.kernels.cpu import why_not_packed
 from ganglion.models.moe import Moe, MoeSpec, moe_spec
 from ganglion.models.moe_load import moe_parts
+from ganglion.models.packed_experts import pack_experts
 
 pytestmark = pytest.mark.cpu
 
@@ -62,6 +64,19 @@ def oracle(case: str) -> tuple[nn.Module, dict[str, Any]]:
             tensor.normal_(std=0.5)
     saved: dict[str, Any] = json.loads(config.to_json_string())
     return block, saved
+
+
+def wide_config(case: str) -> dict[str, Any]:
+    """As published, with experts wide enough for matrix units."""
+    from transformers import AutoConfig
+
+    family, fields = CASES[case]
+    sizes = {**SIZES, **fields, "hidden_size": 40}
+    sizes["moe_intermediate_size" if "moe_intermediate_size" in fields else "intermediate_size"] = (
+        24
+    )
+    saved: dict[str, Any] = json.loads(AutoConfig.for_model(family, **sizes).to_json_string())
+    return saved
 
 
 def stacked(spec: MoeSpec, block: nn.Module) -> dict[str, Tensor]:
@@ -121,3 +136,27 @@ def test_equals_transformers(case: str, num_tokens: int) -> None:
     for form in forms:
         out = load(spec, form(spec, block))(x)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_packed_equals_resident(case: str) -> None:
+    config = wide_config(case)
+    spec = moe_spec(config, LAYER)
+    assert spec is not None
+    torch.manual_seed(0)
+    moe = Moe(spec, dtype=torch.bfloat16)
+    for parameter in moe.parameters():
+        parameter.normal_(std=0.3)
+    x = torch.randn(33, spec.width, dtype=torch.bfloat16)
+    expected = moe(x)
+    if why_not_packed(torch.bfloat16):
+        assert not pack_experts(moe)
+        return
+    assert pack_experts(moe)
+    out = moe(x)
+    # a fused activation is rounded to bfloat16 once less
+    torch.testing.assert_close(out.float(), expected.float(), rtol=0.03, atol=0.03 * float(expected.abs().max()))  # fmt: skip
+    for num_tokens in (1, 2, 7, 32):
+        torch.testing.assert_close(moe(x[:num_tokens]), out[:num_tokens], rtol=0.0, atol=0.0)
+    assert not pack_experts(moe)  # nothing left to pack

@@ -8,6 +8,7 @@ Dimension names: token, width, k (experts of a token), expert, inner (width insi
 all of gate, then all of up), pair (token and one of its experts).
 """
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,7 +19,17 @@ from torch.nn import functional
 from ganglion.models.moe_spec import Activation, GateSpec, MoeSpec, moe_spec
 from ganglion.models.router import Router
 
-__all__ = ["ExpertBackend", "GateSpec", "GatedMlp", "Moe", "MoeSpec", "ResidentExperts", "moe_spec"]
+__all__ = [
+    "ExpertBackend",
+    "GateSpec",
+    "GatedMlp",
+    "Moe",
+    "MoeSpec",
+    "ResidentExperts",
+    "gate",
+    "moe_spec",
+    "run_experts",
+]
 
 
 @runtime_checkable
@@ -47,6 +58,37 @@ def gate(spec: GateSpec, gate_up: Float[Tensor, "*b gate_up"]) -> Float[Tensor, 
         return functional.silu(gated) * up
     approximation = "tanh" if spec.activation is Activation.GELU_TANH else "none"
     return functional.gelu(gated, approximate=approximation) * up
+
+
+def run_experts(
+    x: Float[Tensor, "token width"],
+    indices: Int[Tensor, "token k"],
+    weights: Float[Tensor, "token k"],
+    expert: Callable[[int, Float[Tensor, "pair width"]], Float[Tensor, "pair width"]],
+) -> Float[Tensor, "token width"]:
+    """`ExpertBackend.experts` for whoever can compute one expert: `expert(e, rows)`, once for each that is used.
+
+    Sums are float32 and in the order of experts, alone or in a batch: a token's result has the same bits in any batch
+    as long as those of `expert` do not depend on how many rows it gets.
+    """
+    num_tokens, top_k = indices.shape
+    if num_tokens == 1:  # nothing to sort or gather
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for index, rank in sorted(zip(indices[0].tolist(), range(top_k), strict=True)):
+            total = total + expert(index, x) * weights[:, rank, None]
+        return total.to(x.dtype)
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)
+    tokens = order // top_k
+    pairs, weights_P = x[tokens], weights.flatten()[order, None]
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    start = 0
+    for index, count in enumerate(flat.bincount().tolist()):
+        if count:
+            rows = slice(start, start + count)
+            total.index_add_(0, tokens[rows], expert(index, pairs[rows]) * weights_P[rows])
+            start += count
+    return total.to(x.dtype)
 
 
 class GatedMlp(nn.Module):
@@ -87,20 +129,8 @@ class ResidentExperts(nn.Module):
         weights: Float[Tensor, "token k"],
         layer: int,
     ) -> Float[Tensor, "token width"]:
-        """Pairs sorted by expert, two products for each expert that is used."""
         assert layer == self.spec.layer, f"experts of layer {self.spec.layer}, asked for {layer}"
-        num_tokens, top_k = indices.shape
-        flat = indices.flatten()
-        order = flat.argsort(stable=True)
-        counts = flat.bincount(minlength=self.spec.router.num_experts).tolist()
-        pairs = x[order // top_k]
-        parts, start = [], 0
-        for expert, count in enumerate(counts):
-            if count:
-                parts.append(self._expert(expert, pairs[start : start + count]))
-                start += count
-        by_pair = torch.cat(parts)[order.argsort()].view(num_tokens, top_k, -1)
-        return (by_pair * weights[..., None]).sum(dim=1).to(x.dtype)
+        return run_experts(x, indices, weights, self._expert)
 
     def _expert(self, expert: int, x: Float[Tensor, "pair width"]) -> Float[Tensor, "pair width"]:
         up_bias = None if self.gate_up_bias is None else self.gate_up_bias[expert]
