@@ -1,4 +1,7 @@
-"""`ganglion train`: the recipe of the shipped policy, stage by stage; each stage goes on where it stopped."""
+"""`ganglion train`: the recipe of the shipped policy, stage by stage; each stage goes on where it stopped.
+
+The stage `lm` is a recipe of its own, in `cli.train_lm`.
+"""
 
 import argparse
 import json
@@ -8,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ganglion.cli import train_lm
 from ganglion.config import PolicyConfig
 from ganglion.errors import FieldError
 from ganglion.models.policies.flow_checkpoint import load_flow_checkpoint
@@ -29,6 +33,7 @@ from ganglion.train.recipe import RecipeConfig, run_recipe
 from ganglion.train.ship import ship
 
 CHECKPOINT = "checkpoint"  # folder in --run that `fit` writes and `evaluate` reads
+RUN_DIR = "runs/metaworld-ten"
 HALF_WAY = "half-way"  # folder in --run: the policy whose mistakes `correct` corrects
 
 
@@ -38,7 +43,13 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise FieldError(f"--{name.replace('_', '-')}", expected="at least 1", got=str(value))
+    args.run = args.run or (train_lm.RUN_DIR if args.stage == "lm" else RUN_DIR)
+    for name in ("moe", "dense", "quick"):
+        if getattr(args, name) and args.stage != "lm":
+            raise FieldError(f"--{name}", expected="with the stage lm only", got=args.stage)
     match args.stage:
+        case "lm":
+            train_lm.run(args)
         case "collect":
             run_collect(args)
         case "fit":
