@@ -125,6 +125,13 @@ class FakeLanguageService:
             self._is_blocked = False
             self._changed.notify_all()
 
+    def fail(self, error: GanglionError) -> None:
+        """All requests under way end in `error`, where they are."""
+        with self._changed:
+            for running in self._running.values():
+                running.error = error
+            self._changed.notify_all()
+
     @property
     def num_running(self) -> int:
         """Requests under way."""
