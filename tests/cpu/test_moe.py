@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ganglion.errors import CheckpointError
 from ganglion.kernels.cpu import why_not_packed
-from ganglion.models.moe import Moe, MoeSpec, moe_spec
-from ganglion.models.moe_load import moe_parts
+from ganglion.models.moe import ExpertBackend, GateSpec, Moe, MoeSpec, moe_spec
+from ganglion.models.moe_load import Form, moe_parts
 from ganglion.models.packed_experts import pack_experts
+from ganglion.models.router import RouterSpec
 
 pytestmark = pytest.mark.cpu
 
@@ -160,3 +162,81 @@ def test_packed_equals_resident(case: str) -> None:
     for num_tokens in (1, 2, 7, 32):
         torch.testing.assert_close(moe(x[:num_tokens]), out[:num_tokens], rtol=0.0, atol=0.0)
     assert not pack_experts(moe)  # nothing left to pack
+
+
+@torch.no_grad()
+def test_mxfp4_experts_as_published() -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    spec = MoeSpec(
+        family="gpt_oss",
+        layer=LAYER,
+        width=64,
+        inner=32,
+        gate=GateSpec(limit=7.0, alpha=1.702),
+        router=RouterSpec(num_experts=3, top_k=2, is_softmax_after=True, has_bias=True),
+        has_expert_bias=True,
+    )
+    torch.manual_seed(0)
+    plain, packed = {}, {}
+    for part in moe_parts(spec, ()):
+        if part.form in (Form.FP4, Form.FP4_SCALES):
+            low, high = (0, 256) if part.form is Form.FP4 else (118, 130)
+            packed[part.name] = torch.randint(low, high, part.shape, dtype=torch.uint8)
+        else:
+            plain[part.name] = packed[part.name] = torch.randn(part.shape).bfloat16()
+    for what in ("gate_up", "down"):
+        below = f"mlp.experts.{what}_proj"
+        plain[below] = convert_moe_packed_tensors(
+            packed[f"{below}_blocks"], packed[f"{below}_scales"]
+        )
+    x = torch.randn(5, spec.width).bfloat16()
+    moes = [load(spec, tensors, torch.bfloat16) for tensors in (plain, packed)]
+    for ours, theirs in zip(moes[1].parameters(), moes[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(moes[0](x), moes[1](x))
+
+
+def test_parts_of_another_model_are_named() -> None:
+    spec = moe_spec({"model_type": "mixtral", "hidden_size": 8, "intermediate_size": 6}, 0)
+    assert spec is not None
+    parts = moe_parts(spec, ())
+    assert parts[1].name == "block_sparse_moe.experts.0.w1.weight"
+    with pytest.raises(CheckpointError, match=r"experts\.0\.w1.*\(6, 8\).*\(8, 6\)"):
+        parts[1].place(Moe(spec), torch.zeros(8, 6))
+    with pytest.raises(CheckpointError, match="uint8"):
+        parts[1].place(Moe(spec), torch.zeros(6, 8, dtype=torch.uint8))
+
+
+def test_another_backend_gets_the_routes() -> None:
+    class Recorder:
+        """Wraps a backend."""
+
+        def __init__(self, inner: ExpertBackend) -> None:
+            self.inner, self.seen = inner, [0]
+
+        def experts(self, x: Tensor, indices: Tensor, weights: Tensor, layer: int) -> Tensor:
+            self.seen = [*indices.shape, layer]
+            return self.inner.experts(x, indices, weights, layer)
+
+    spec = moe_spec({"model_type": "mixtral", "hidden_size": 8, "intermediate_size": 6}, 3)
+    assert spec is not None
+    plain = Moe(spec)
+    recorder = Recorder(plain.experts)
+    hooked = Moe(spec, experts=recorder)
+    hooked.router.load_state_dict(plain.router.state_dict())
+    x = torch.randn(4, 8)
+    assert torch.equal(hooked(x), plain(x))
+    assert recorder.seen == [4, 2, 3]
+
+
+def test_gradients_reach_router_and_used_experts() -> None:
+    spec = moe_spec({"model_type": "qwen3_moe", "hidden_size": 8, "moe_intermediate_size": 6, "num_experts": 4,
+        "num_experts_per_tok": 2, "norm_topk_prob": True}, 0)  # fmt: skip
+    assert spec is not None
+    for num_tokens in (1, 9):
+        moe = Moe(spec)
+        moe(torch.randn(num_tokens, 8)).square().sum().backward()
+        for parameter in moe.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.abs().sum() > 0

@@ -29,6 +29,7 @@ class KvGroup:
     value_dim: int | None = None
 
 
+@runtime_checkable
 class KvSpace(Protocol):
     """The keys and values of all rows of one piece, wherever they are."""
 

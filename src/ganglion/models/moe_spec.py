@@ -104,6 +104,8 @@ def _is_dense(config: Config, layer: int) -> bool:
         return True
     if layer in (config.get("mlp_only_layers") or ()):
         return True
+    if any(config.get(name) == 0 for name in NUM_EXPERTS):
+        return True
     return bool((layer + 1) % (config.get("decoder_sparse_step") or 1))
 
 

@@ -19,7 +19,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -131,8 +131,8 @@ def _scores(score: Score, logits: Float[Tensor, "token expert"]) -> Float[Tensor
 
 def _allowed(
     spec: RouterSpec, chances: Float[Tensor, "token expert"]
-) -> Float[Tensor, "token expert"]:
-    """True for the experts of the best groups (a bool tensor)."""
+) -> Bool[Tensor, "token expert"]:
+    """True for the experts of the best groups."""
     grouped = chances.view(-1, spec.num_groups, spec.group_size)
     if spec.group_score is GroupScore.MAX:
         worth = grouped.amax(dim=-1)
