@@ -171,6 +171,7 @@ class LeadingCalls:
     """
 
     _FIRST_KEY = re.compile(r'[\s\[]*\{\s*"((?:[^"\\]|\\.)*)"')
+    _UNTIL_KEY = re.compile(r'[\s\[]*(?:\{\s*(?:"(?:[^"\\]|\\.)*\\?)?)?')
     _KEYS = frozenset({"name", "type", "function", "parameters", "arguments", "id"})
     _NAMED = re.compile(r"\s*([a-zA-Z0-9_.-]{1,64})\s*(?:\[ARGS\])?\s*(?=\{)")  # newer Mistral
 
@@ -193,8 +194,7 @@ class LeadingCalls:
         if self._marker.startswith(stripped[: len(self._marker)]):
             return []
         first_key = self._FIRST_KEY.match(stripped)
-        may_be_call = stripped[0] in "[{" and (first_key is None or first_key[1] in self._KEYS)
-        if may_be_call:
+        if self._UNTIL_KEY.fullmatch(stripped) or (first_key and first_key[1] in self._KEYS):
             return []
         self._is_content = True
         held, self._held = self._held, ""
@@ -212,6 +212,9 @@ class LeadingCalls:
         decoder, calls, place = json.JSONDecoder(), list[Call](), 0
         while rest := text[place:].lstrip(" \t\r\n;,"):
             place = len(text) - len(rest)
+            if rest.startswith(self._marker):
+                place += len(self._marker)
+                continue
             named = self._NAMED.match(rest) if self._is_marked else None
             try:
                 value, end = decoder.raw_decode(rest, named.end() if named else 0)
