@@ -69,6 +69,22 @@ def test_float32_stays_as_it_is() -> None:
 @needs_bfloat16
 def test_other_convolutions_stay_as_they_are() -> None:
     network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 5, stride=2), nn.Linear(32, 32, bias=False)
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 5, stride=2),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False),
     ).bfloat16()
     assert pack(network) == 0
+
+
+@needs_bfloat16
+def test_linear_layers_are_packed_with_and_without_bias_but_for_those_to_keep() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(32, 48, bias=False), nn.Linear(48, 32), nn.Linear(32, 32)
+    ).bfloat16()
+    x = torch.randn(5, 32).bfloat16()
+    with torch.inference_mode():
+        plain = network(x)
+        assert pack(network, keep=[network[2]]) == 2
+        assert isinstance(network[2], nn.Linear)
+        torch.testing.assert_close(network(x), plain, atol=2e-2, rtol=2e-2)

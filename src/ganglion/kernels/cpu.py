@@ -77,10 +77,12 @@ class PackedLinear(nn.Module):
     Gradients flow to what it reads, for guidance, not to its weight.
     """
 
-    def __init__(self, weight: Float[Tensor, "high low"], bias: Float[Tensor, " high"]) -> None:
+    def __init__(
+        self, weight: Float[Tensor, "high low"], bias: Float[Tensor, " high"] | None
+    ) -> None:
         super().__init__()
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACK_NUM_ROWS)
-        self.register_buffer("bias", bias.detach(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
         self.register_buffer("packed", packed, persistent=False)
 
     def forward(self, x: Float[Tensor, "*b low"]) -> Float[Tensor, "*b high"]:
@@ -109,7 +111,7 @@ class _PackedAffine(torch.autograd.Function):
     """PackedLinear's map with a gradient. The weight comes back from its layout when a gradient asks for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         ctx.packed = packed
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
         return out

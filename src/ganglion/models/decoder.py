@@ -21,6 +21,8 @@ from ganglion.models.layers import Linear
 from ganglion.models.mla import Mla
 from ganglion.models.moe import Moe
 from ganglion.models.moe_spec import Activation
+from ganglion.models.packed_experts import pack_experts
+from ganglion.models.packing import pack
 from ganglion.models.rotary import Rotation, frequencies, rotate, rotation
 
 _MAX_SLOTS = 16
@@ -31,23 +33,27 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-def norm_dtype(spec: DecoderSpec, dtype: torch.dtype) -> torch.dtype:
-    """Shifted weights stay float32: one more than a small number does not fit into 8 bits."""
-    return torch.float32 if spec.norm_shift else dtype
+def rms_norm(
+    x: Float[Tensor, "*b width"], weight: Float[Tensor, "*#b width"], eps: float
+) -> Float[Tensor, "*b width"]:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in float32 up to the last rounding."""
+    wide = x.float()
+    # on many rows a tenth of the time that a mean of squares takes
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = torch.rsqrt(length.square() * (1.0 / x.shape[-1]) + eps)
+    return (wide * scale * weight).to(x.dtype)
 
 
 class RmsNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in float32 up to the last rounding."""
+    """A weight for `rms_norm`, float32 whatever the model computes in."""
 
-    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width, dtype=dtype))
+        self.weight = nn.Parameter(torch.ones(width, dtype=torch.float32))
         self._eps = eps
 
     def forward(self, x: Float[Tensor, "*b width"]) -> Float[Tensor, "*b width"]:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
-        return (wide * self.weight.float()).to(x.dtype)
+        return rms_norm(x, self.weight, self._eps)
 
 
 class Attention(nn.Module):
@@ -55,25 +61,20 @@ class Attention(nn.Module):
 
     def __init__(self, spec: DecoderSpec, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self._layer = layer
-        heads, kv, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        self._sizes = (heads * dim, kv * dim, kv * dim)
-        self._head_dim, self._scale = dim, spec.attention_scale
-        self._softcap, self._clip, self._qk_norm = (
+        self._layer, self._scale, self._softcap = (
+            layer,
+            spec.attention_scale,
             spec.attention_softcap,
-            spec.qkv_clip,
-            spec.qk_norm,
         )
+        self._qk_norm, self._eps, self._clip = spec.qk_norm, spec.norm_eps, spec.qkv_clip
+        heads, kv, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self._heads, self._sizes = (heads, kv, dim), (heads * dim, kv * dim, kv * dim)
         self.qkv = Linear(spec.width, sum(self._sizes), bias=spec.has_qkv_bias, dtype=dtype)
         self.out = Linear(heads * dim, spec.width, bias=spec.has_out_bias, dtype=dtype)
         if spec.qk_norm != QkNorm.NONE:
             is_per_head = spec.qk_norm == QkNorm.HEAD
-            self.q_norm = RmsNorm(
-                dim if is_per_head else heads * dim, spec.norm_eps, norm_dtype(spec, dtype)
-            )
-            self.k_norm = RmsNorm(
-                dim if is_per_head else kv * dim, spec.norm_eps, norm_dtype(spec, dtype)
-            )
+            self.q_norm = RmsNorm(dim if is_per_head else heads * dim, spec.norm_eps)
+            self.k_norm = RmsNorm(dim if is_per_head else kv * dim, spec.norm_eps)
         self.sinks = nn.Parameter(torch.zeros(heads, dtype=dtype)) if spec.has_sinks else None
 
     def forward(
@@ -82,24 +83,28 @@ class Attention(nn.Module):
         by: Rotation | None,
         kv: KvSpace,
     ) -> Float[Tensor, "token width"]:
-        query, key, value = self.qkv(x).split(self._sizes, dim=-1)
+        heads, kv_heads, dim = self._heads
+        rows: Tensor = self.qkv(x)
         if self._qk_norm == QkNorm.ALL:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key, value = torch.split(rows, list(self._sizes), dim=-1)
+            rows = torch.cat([self.q_norm(query), self.k_norm(key), value], dim=-1)
         if self._clip is not None:
-            query, key, value = (
-                part.clamp(-self._clip, self._clip) for part in (query, key, value)
-            )
-        query, key, value = (
-            part.unflatten(-1, (-1, self._head_dim)) for part in (query, key, value)
-        )
+            rows = rows.clamp(-self._clip, self._clip)
+        # queries and keys are normed and turned in one go
+        by_head = rows.view(-1, heads + 2 * kv_heads, dim)
+        turned, value = by_head[:, : heads + kv_heads], by_head[:, heads + kv_heads :]
         if self._qk_norm == QkNorm.HEAD:
-            query, key = self.q_norm(query), self.k_norm(key)
+            weights = (
+                self.q_norm.weight.expand(heads, -1),
+                self.k_norm.weight.expand(kv_heads, -1),
+            )
+            turned = rms_norm(turned, torch.cat(weights), self._eps)
         if by is not None:
-            query, key = rotate(query, by), rotate(key, by)
+            turned = rotate(turned, by)
         attended = kv.attend(
             self._layer,
-            query,
-            key,
+            turned[:, :heads],
+            turned[:, heads:],
             value,
             scale=self._scale,
             sinks=self.sinks,
@@ -131,7 +136,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
 
         def norm() -> RmsNorm:
-            return RmsNorm(spec.width, spec.norm_eps, norm_dtype(spec, dtype))
+            return RmsNorm(spec.width, spec.norm_eps)
 
         self.attention_norm, self.mlp_norm = norm(), norm()
         self.attention = (
@@ -194,10 +199,23 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(spec, layer, dtype) for layer in range(spec.num_layers)
         )
-        self.norm = RmsNorm(spec.width, spec.norm_eps, norm_dtype(spec, dtype))
+        # latent attention reads this weight itself
+        self._unpacked = [part.kv_b_proj for part in self.modules() if isinstance(part, Mla)]
+        self.norm = RmsNorm(spec.width, spec.norm_eps)
         self.head = Linear(spec.width, spec.vocab_size, bias=False, dtype=dtype)
-        if spec.is_tied:
+        self.tie()
+
+    def tie(self) -> None:
+        """Let the head share the embedding's weights, where the family does. To be called again when they are replaced."""
+        if self.decoder_spec.is_tied:
             self.head.weight = self.embedding.weight
+
+    def pack(self, network: nn.Module) -> None:
+        """Lay out the weights of one part of this model for this CPU, where that pays. Not to be saved or trained then."""
+        for part in network.modules():
+            if isinstance(part, Moe):
+                pack_experts(part)
+        pack(network, keep=self._unpacked)
 
     @property
     def spec(self) -> LanguageSpec:

