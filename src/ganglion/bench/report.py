@@ -22,6 +22,10 @@ BENCHES: dict[str, str] = {
     "robots": "ganglion.bench.robots:run",
     "memory": "ganglion.bench.memory:run",
     "gate": "ganglion.bench.gate:run",
+    "decode": "ganglion.bench.decode:run",
+    "prefill": "ganglion.bench.prefill:run",
+    "prefix": "ganglion.bench.prefix:run",
+    "concurrency": "ganglion.bench.concurrency:run",
 }
 TITLES: dict[str, str] = {
     "control": "Four simulated arms, closed loop in real time",
@@ -37,6 +41,10 @@ TITLES: dict[str, str] = {
     "robots": "How many robots one server keeps in time",
     "memory": "Bytes of a session",
     "gate": "Perception that is not computed again",
+    "decode": "New tokens of language models, against other engines",
+    "prefill": "Prompt tokens of language models, against other engines",
+    "prefix": "The first token behind a prefix that is in pages",
+    "concurrency": "Sequences under way at equal bytes",
 }
 
 
@@ -267,6 +275,69 @@ CLAIMS: tuple[Claim, ...] = (
         text="success with the gate against without",
         bar=1.0,
         is_lower_better=False,
+    ),
+    Claim(
+        bench="decode",
+        metric="decode_1_ratio_transformers",
+        text="decode of one row, dense 0.5 B, bfloat16, against transformers",
+        bar=1.0,
+        is_lower_better=False,
+        unit="x",
+    ),
+    Claim(
+        bench="decode",
+        metric="decode_32_ratio_best_peer",
+        text="decode of 32 rows, against the best peer",
+        bar=0.6,
+        is_lower_better=False,
+        unit="x",
+    ),
+    Claim(
+        bench="decode",
+        metric="moe_decode_1_ratio_transformers",
+        text="decode of one row, mixture of experts (0.3 of 1.8 B), against transformers",
+        bar=1.0,
+        is_lower_better=False,
+        unit="x",
+    ),
+    Claim(
+        bench="decode",
+        metric="moe_decode_8_ratio_best_peer",
+        text="decode of 8 rows, mixture of experts, against the best peer",
+        bar=0.6,
+        is_lower_better=False,
+        unit="x",
+    ),
+    Claim(
+        bench="prefill",
+        metric="prefill_2048_ratio_best_peer",
+        text="a prompt of 2048 tokens, dense, against the best peer",
+        bar=0.6,
+        is_lower_better=False,
+        unit="x",
+    ),
+    Claim(
+        bench="prefill",
+        metric="moe_prefill_512_ratio_best_peer",
+        text="a prompt of 512 tokens, mixture of experts, against the best peer",
+        bar=0.6,
+        is_lower_better=False,
+        unit="x",
+    ),
+    Claim(
+        bench="prefix",
+        metric="warm_ttft_ratio",
+        text="time to the first token behind 2048 tokens in pages, share of the cold one",
+        bar=0.1,
+        is_lower_better=True,
+    ),
+    Claim(
+        bench="concurrency",
+        metric="admitted_ratio",
+        text="sequences at equal bytes, against buffers of the longest length",
+        bar=3.0,
+        is_lower_better=False,
+        unit="x",
     ),
 )
 
