@@ -6,6 +6,7 @@ Called by the `ganglion` script. Exit codes: 0 done, 1 failed and said why, 2 wr
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, metadata
@@ -33,6 +34,7 @@ EXTRAS: dict[str, str] = {
     "tqdm": "train",
     "matplotlib": "bench",
 }
+SERVING = ("serve", "demo")
 
 
 def _add(parser: argparse._ArgumentGroup, flag: Flag) -> None:
@@ -138,6 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "explain", False):
             print(resolve(args).explain())
             return 0
+        if command.name in SERVING:
+            # Threads that wait for each other's part of a forward must sleep: where they share cores with robots, those
+            # that spin take the time of those that they wait for (measured: 30 times slower). Read when torch is loaded.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         function = getattr(importlib.import_module(module_name), function_name)
         return int(function(args))
     except GanglionError as error:

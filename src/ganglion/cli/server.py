@@ -73,8 +73,7 @@ def serving(config: Config, *, on_stage: Callable[[str], None]) -> Iterator[Serv
         language=service.language,
         is_language_only=not service.has_policy,
     ) as edge:
-        if service.has_policy:
-            on_stage("calibrating: measuring what each batch size costs here")
+        on_stage("calibrating: measuring what each batch size costs here")
         service.start()
         try:
             yield Served(service=service, edge=edge, clock=clock)

@@ -5,7 +5,7 @@ The synchronous core: no locks, no sockets, no waiting. Knows pages by id and te
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +69,10 @@ class Engine:
         is_context_public: bool = True,
         warm_start_share: float = 0.0,
         memory_policy: MemoryPolicy | None = None,
+        make_room: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`make_room`: others on the same pool give pages back, when robots need more than are free; False: none is left."""
+        self._make_room = make_room
         self._memories = Memories(ledger, memory_policy or MemoryPolicy())
         self._models, self._ledger = models, ledger
         self._remembering = {
@@ -248,6 +251,8 @@ class Engine:
         view = work_views(self._works.values())
         orders = self._scheduler.plan(view, self._step_budget_us)
         pieces, starved = self._assembly.pieces(orders)
+        while starved and self._make_room():
+            pieces, starved = self._assembly.pieces(orders)
         if starved and not pieces:  # nothing would ever free a page: the least urgent gives way
             last = max(starved, key=lambda request_id: self._works[request_id].deadline_us)
             self._finish(self._works[last], starved[last])

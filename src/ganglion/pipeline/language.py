@@ -25,6 +25,7 @@ from ganglion.generation import (
     GenerateRequest,
     LanguageSpec,
     PromptScored,
+    Sampling,
     TextDelta,
     TokenDelta,
     TokenLogprob,
@@ -36,6 +37,7 @@ from ganglion.service import OnGenerated, TextTokenizer
 from ganglion.types import RequestId
 
 SMOOTHING = 0.2
+WARM_UP_TOKENS, WARM_UP_US = 16, 10_000_000
 
 
 class LanguageCore(Protocol):
@@ -61,6 +63,10 @@ class LanguageCore(Protocol):
 
     def drain(self) -> Sequence[TokenDelta | PromptScored | Ended]:
         """What came out since the last call, in order."""
+        ...
+
+    def preempt_latest(self) -> bool:
+        """Give pages back, to be computed again later; False: nobody holds any."""
         ...
 
 
@@ -168,6 +174,29 @@ class LanguageFront:
         """One forward of the engine, and the text that it makes."""
         self._core.step(budget_us)
         self._pass_on()
+
+    def make_room(self) -> bool:
+        """Robots need pages: whoever came last gives its own back and computes them again. False: nobody holds any."""
+        return self._core.preempt_latest()
+
+    def warm_up(self) -> None:
+        """Run a made-up prompt through each model, before the first request: maps its weights, measures its layers.
+
+        Raises the GanglionError of a model that cannot run.
+        """
+        for name, served in self._served.items():
+            num_tokens = min(WARM_UP_TOKENS, served.spec.max_tokens - 1)
+            request = GenerateRequest(
+                model=name,
+                prompt=tuple(index % served.spec.vocab_size for index in range(num_tokens)),
+                sampling=Sampling(temperature=0.0, max_tokens=1),
+                tenant="warm-up",
+            )
+            self._core.submit(RequestId(-1), request)
+            while self._core.step(WARM_UP_US):
+                for item in self._core.drain():
+                    if isinstance(item, Ended) and isinstance(item.outcome, GanglionError):
+                        raise item.outcome
 
     def fail_all(self, error: GanglionError) -> None:
         """End every open request with `error` (a defect, or the server is stopping)."""

@@ -7,7 +7,7 @@ and never wait for a step. Robots' steps come first; language models take the tu
 import itertools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -76,6 +76,12 @@ class LocalService:
         metrics: Metrics | None = None,
     ) -> None:
         assert model is not None or languages, "nothing to serve"
+        names = [each.spec.name for each in languages]
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                f"two language models of one name among {', '.join(names)}",
+                next_step="rename a folder: it names its model",
+            )
         self._config, self._clock = engine, clock or RealClock()
         self._lanes = Lanes(engine.lanes if engine.lanes and model is not None else ((),))
         layouts = () if model is None else policy_layouts(model, memory)
@@ -97,6 +103,7 @@ class LocalService:
                 ladder=ladder,
                 clock=self._clock,
                 metrics=metrics or Metrics(),
+                make_room=self._make_room,
             )
         self._loop: EngineLoop[Message | LanguageMessage] = EngineLoop(
             open_=self._open,
@@ -234,6 +241,8 @@ class LocalService:
             self._stage = "calibrating"
             if self._policy is not None:
                 self._policy.calibrate()
+            if self._front is not None:
+                self._on_crew(self._front.warm_up)
             self._is_ready, self._stage = True, "serving"
         finally:
             if not self._is_ready:
@@ -267,7 +276,8 @@ class LocalService:
         )
         if budget_us is not None:
             start_s = self._clock.now_s()
-            self._language_step(self._front, budget_us)
+            front = self._front
+            self._on_crew(lambda: front.step(budget_us))
             self._turns.observe_turn(
                 (self._clock.now_s() - start_s) * 1e6,
                 budget_us=budget_us,
@@ -275,11 +285,15 @@ class LocalService:
             )
         return has_robot_work or self._front.has_work
 
-    def _language_step(self, front: LanguageFront, budget_us: int) -> None:
+    def _on_crew(self, task: Callable[[], None]) -> None:
         if self._crew is None:
-            front.step(budget_us)
+            task()
         else:
-            self._crew.run(lambda: front.step(budget_us))
+            self._crew.run(task)
+
+    def _make_room(self) -> bool:
+        """Robots are out of pages: the language request that came last gives its own back."""
+        return self._front is not None and self._front.make_room()
 
     def _on_defect(self, error: Exception) -> None:
         self._fail_all(
@@ -313,11 +327,6 @@ class LocalService:
         self, languages: Sequence[ServedLanguage], chat: ChatConfig, arena: Arena
     ) -> LanguageFront:
         served = {each.spec.name: each for each in languages}
-        if len(served) < len(languages):
-            raise ConfigError(
-                f"two language models of one name among {', '.join(e.spec.name for e in languages)}",
-                next_step="rename a folder: it names its model",
-            )
         core = LanguageEngine(
             {name: each.model for name, each in served.items()},
             self._ledger,

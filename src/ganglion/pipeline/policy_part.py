@@ -4,6 +4,7 @@ Made and called by `pipeline.local`. Knows neither threads nor language models.
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -62,6 +63,7 @@ class PolicyPart:
         ladder: Ladder | None,
         clock: Clock,
         metrics: Metrics,
+        make_room: Callable[[], bool],
     ) -> None:
         self._spec, self._clock, self._max_rows = model.spec, clock, engine.max_rows
         name = model.spec.name
@@ -81,6 +83,7 @@ class PolicyPart:
             is_context_public=pipeline.context == "public",
             warm_start_share=pipeline.warm_start,
             memory_policy=MemoryPolicy(num_whole=memory.history_whole or None),
+            make_room=make_room,
         )
         tuner = Tuner(pipeline, cost, model=name, stages=model.stages, num_lanes=len(lanes))
         admission = Admission(

@@ -57,11 +57,11 @@ class ServedLanguage:
             raise FieldError(
                 "prompt", expected=f"token ids in 0..{spec.vocab_size - 1}", got=str(wrong)
             )
-        check_sampling(request.sampling, spec)
         room = spec.max_tokens - num_tokens
-        if request.sampling.max_tokens <= room:
-            return request
-        return replace(request, sampling=replace(request.sampling, max_tokens=room))
+        if request.sampling.max_tokens > room:
+            request = replace(request, sampling=replace(request.sampling, max_tokens=room))
+        check_sampling(request.sampling, spec)
+        return request
 
     def matchers(self, request: GenerateRequest) -> tuple[GrammarMatcher, ...]:
         """One per choice, at the start of the request's grammar; none without one. Raises FieldError for a bad grammar."""

@@ -54,4 +54,4 @@ class Turns:
             gap_us = run_us - self._turn_us
             self._turn_us += gap_us if gap_us > 0 else SMOOTHING * gap_us
         if has_robot_work:
-            self._credit_us = max(0.0, self._credit_us - run_us)
+            self._credit_us -= run_us  # below 0 after a turn that took longer than expected
