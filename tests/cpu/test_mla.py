@@ -96,6 +96,13 @@ def test_equals_transformers(case: str, cuts: tuple[int, ...]) -> None:
         start += cut
     torch.testing.assert_close(torch.cat(outs), expected, rtol=1e-5, atol=1e-5)
 
+    mla.absorb()
+    kv = dense(spec)
+    kv.extend([len(x)])
+    absorbed = mla(x, (cosine, sine), kv)
+    torch.testing.assert_close(absorbed, expected, rtol=1e-5, atol=1e-5)
+    assert not any("kv_b_proj" in name for name, _ in mla.named_parameters())
+
 
 def test_other_attention_is_none() -> None:
     assert mla_spec({"model_type": "llama"}) is None

@@ -117,6 +117,10 @@ class Mla(nn.Module):
             bias=False,
             dtype=dtype,
         )
+        self._to_key: Tensor | None
+        self._to_value: Tensor | None
+        self.register_buffer("_to_key", None, persistent=False)
+        self.register_buffer("_to_value", None, persistent=False)
         self.o_proj = nn.Linear(value_width, spec.width, bias=spec.has_bias, dtype=dtype)
 
     def forward(
@@ -130,7 +134,7 @@ class Mla(nn.Module):
         key = torch.cat(
             [self.kv_a_layernorm(latent), self._rotate(position[:, None], by)[:, 0]], -1
         )
-        to_key, to_value = self._absorbed()
+        to_key, to_value = self._maps()
         plain, turned = torch.split(self._query(x), [spec.nope_dim, spec.rope_dim], -1)
         asked = torch.bmm(plain.transpose(0, 1), to_key).transpose(0, 1)
         query = torch.cat([asked, self._rotate(turned, by)], dim=-1)
@@ -146,9 +150,20 @@ class Mla(nn.Module):
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         return query.view(x.shape[0], self.spec.num_heads, -1)
 
-    def _absorbed(
+    def absorb(self) -> None:
+        """Lay the maps of the latent out for serving, instead of `kv_b_proj`: cannot be trained or saved then.
+
+        A product over heads first copies a map that is not in one piece, which takes ten times as long as the product.
+        """
+        if self._to_key is None:
+            self._to_key, self._to_value = (part.detach().contiguous() for part in self._maps())
+            del self.kv_b_proj
+
+    def _maps(
         self,
     ) -> tuple[Float[Tensor, "head nope rank"], Float[Tensor, "head value rank"]]:
+        if self._to_key is not None and self._to_value is not None:
+            return self._to_key, self._to_value
         spec = self.spec
         weight = self.kv_b_proj.weight.view(spec.num_heads, -1, spec.kv_rank)
         return weight[:, : spec.nope_dim], weight[:, spec.nope_dim :]
