@@ -102,14 +102,14 @@ def random_language(
 
 def _randomise(part: nn.Module, numbers: Tensor, generator: torch.Generator) -> None:
     """Norms 1, biases 0, weights such that hidden states keep their size whatever the width."""
-    for name, value in part.named_parameters():
+    for name, value in (*part.named_parameters(), *part.named_buffers()):
         if value.ndim == 1:
             value.data.fill_(1.0 if name.endswith("weight") else 0.0)
             continue
         flat = value.data.view(-1)
         shift = int(torch.randint(len(numbers), (), generator=generator))
         source = numbers.roll(shift) * value.shape[-1] ** -0.5
-        for chunk in flat.split(len(numbers)):
+        for chunk in torch.split(flat, len(numbers)):
             chunk.copy_(source[: len(chunk)])
 
 
