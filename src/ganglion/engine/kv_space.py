@@ -203,7 +203,8 @@ class PagedKv:
     ) -> Tensor:
         """See `KvSpace.attend`. `softcap`: scores become softcap * tanh(score / softcap)."""
         plan, layer_at = self._plans[layer]
-        assert (value is None) == (plan.value_dim is not None), (layer, plan.value_dim)
+        is_latent = plan.value_dim is not None
+        assert (value is None) == is_latent, f"layer {layer}: value_dim is {plan.value_dim}"
         plan.write(layer_at, key, value)
         new_value = key[..., : plan.value_dim] if value is None else value
         num_tokens, num_heads = query.shape[:2]

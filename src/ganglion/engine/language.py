@@ -316,11 +316,10 @@ class LanguageEngine:
             return self._forward(host, parts, [], None, growth) if parts else None
         staged = set(host.staged)
         rows = [row for row in host.admitted if row not in staged]
-        order = self._policy(
-            [row.num_left for row in rows],
-            self._max_tokens(host, budget_us),
-            is_stage_busy=host.stage is not None,
-        )
+        num_left = [row.num_left for row in rows]
+        is_prefill = any(left > 1 for left in num_left)
+        max_tokens = self._max_tokens(host, budget_us) if is_prefill else len(rows)
+        order = self._policy(num_left, max_tokens, is_stage_busy=host.stage is not None)
         parts = self._parts(host, rows, order.num_tokens, growth)
         chosen = {rows[at] for at in order.staged}
         lead = [part for part in parts if part.row not in chosen]
@@ -510,14 +509,6 @@ class LanguageEngine:
         if len(lines) > len(rows):
             logits = logits[torch.tensor(lines, device=logits.device)]
         draws = [self._draws[row.work.request_id][row.choice] for row in choices]
-        is_drawing = [row.work.request.sampling.max_tokens > 0 for row in choices]
-        if not all(is_drawing):
-            for row, is_in in zip(choices, is_drawing, strict=True):
-                if not is_in:
-                    self._emit(row, (), finish=FinishReason.LENGTH)
-            places = [at for at, is_in in enumerate(is_drawing) if is_in]
-            logits = logits[torch.tensor(places, dtype=torch.int64, device=logits.device)]
-            choices, draws = [choices[at] for at in places], [draws[at] for at in places]
         for row, drawn, state in zip(
             choices, host.sampler.sample(logits, draws), draws, strict=True
         ):
