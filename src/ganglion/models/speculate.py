@@ -135,13 +135,8 @@ class DraftLength:
     def choose(self, verify_us: Sequence[float], draft_us: float = 0.0) -> int:
         """Tokens to draft. `verify_us[k]`: a forward of the target over k + 1 tokens; `draft_us`: one drafted token."""
         assert verify_us, "verify_us[0] is a plain step"
-        chance = min(self.acceptance, 0.99)
-
-        def rate(num_drafted: int) -> float:
-            cost_us = verify_us[num_drafted] + num_drafted * draft_us
-            return (1.0 - chance ** (num_drafted + 1)) / (1.0 - chance) / cost_us
-
-        best = max(range(min(self._max_tokens, len(verify_us) - 1) + 1), key=rate)
+        rates = self._tokens_per_us(verify_us[: self._max_tokens + 1], draft_us)
+        best = rates.index(max(rates))
         if best or len(verify_us) == 1:
             self._idle_us = 0.0
             return best
@@ -150,3 +145,12 @@ class DraftLength:
             return 0
         self._idle_us = 0.0
         return 1
+
+    def _tokens_per_us(self, verify_us: Sequence[float], draft_us: float) -> list[float]:
+        chance = min(self.acceptance, 0.99)
+        return [
+            (1.0 - chance ** (num_drafted + 1))
+            / (1.0 - chance)
+            / (cost_us + num_drafted * draft_us)
+            for num_drafted, cost_us in enumerate(verify_us)
+        ]
