@@ -61,6 +61,7 @@ def test_required_calls_are_a_list_with_references_that_moved_along(compiler):
     assert fits(compiler, grammar, json.dumps([MOVE]))
     assert fits(compiler, grammar, json.dumps([STOP, MOVE, STOP]))
     assert not fits(compiler, grammar, "[]")
+    assert not fits(compiler, grammar, json.dumps([dict(reversed(STOP.items()))]))  # name first
     assert not fits(compiler, grammar, json.dumps([MOVE | {"name": "jump"}]))
     assert not fits(compiler, grammar, json.dumps([{"name": "move_arm", "arguments": {"to": {"y": 3}}}]))  # fmt: skip
     assert not fits(compiler, grammar, json.dumps([STOP | {"arguments": {"x": 1}}]))
@@ -80,6 +81,24 @@ def test_a_named_call_is_its_arguments(compiler):
     nothing = plan(tool_choice={"type": "function", "function": {"name": "stop"}}).grammar
     assert fits(compiler, nothing, "{}")
     assert not fits(compiler, nothing, '{"x": 1}')
+
+
+@pytest.mark.parametrize(
+    ("parameters", "good", "bad"),
+    [
+        ({}, {"any": [1]}, []),
+        ({"properties": {"x": {"type": "integer"}}, "required": ["x"]}, {"x": 1}, 1),
+        ({"$ref": "#/$defs/Node", "$defs": {"Node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/Node"}}, "additionalProperties": False}}}, {"next": {"next": {}}}, {"next": 1}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("is_parallel", [True, False])
+def test_arguments_are_always_an_object(compiler, parameters, good, bad, is_parallel):
+    tool = {"type": "function", "function": {"name": "t", "parameters": parameters}}
+    grammar = plan(tools=[tool], tool_choice="required", parallel_tool_calls=is_parallel).grammar
+    call = {"name": "t", "arguments": good}
+    assert fits(compiler, grammar, json.dumps([call] if is_parallel else call))
+    call["arguments"] = bad
+    assert not fits(compiler, grammar, json.dumps([call] if is_parallel else call))
 
 
 def test_allowed_tools_narrow_the_choice(compiler):

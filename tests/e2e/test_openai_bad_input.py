@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from ganglion.clock import RealClock
 from ganglion.config import ServeConfig
 from ganglion.errors import InternalError
+from ganglion.serve import app
 from ganglion.serve.app import ServerThread
 from ganglion.serve.fake import FakeService
-from ganglion.serve.fake_language import FakeLanguageService
-from ganglion.serve.openai import routes
+from ganglion.serve.fake_language import FakeLanguageService, fake_language_spec
+from ganglion.serve.openai import endpoint, routes, run
 from tests.e2e.edge_stage import SPEC
 from tests.e2e.openai_stage import TOOL, WAIT_S, chat, events, post
 
@@ -166,6 +167,7 @@ def test_only_post(server, path):
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}]}, "tools[0].function.parameters.type"),
         ({"tools": [TOOL] * 129}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
@@ -351,6 +353,57 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event(server, language):
     assert b"[DONE]" not in body
     assert b"secret" not in body
     assert b'{"error":{"message":"the server failed on this request' in body
+
+
+def test_a_stream_that_waits_is_open_and_one_that_never_reads_is_cut_off(monkeypatch):
+    monkeypatch.setattr(endpoint, "PING_S", 0.2)
+    monkeypatch.setattr(run, "MAX_UNREAD", 1_000)
+    spec = fake_language_spec(max_tokens=200_000)
+    with (
+        FakeLanguageService([spec]) as language,
+        FakeService(SPEC) as service,
+        ServerThread(service, language=language) as server,
+    ):
+        language.block()
+        raw = open_stream(server, chat("x", stream=True, max_tokens=150_000, ignore_eos=True))
+        data = b""
+        while b": waiting" not in data:
+            data += raw.recv(1_000)
+        assert data.startswith(b"HTTP/1.1 200")
+        language.unblock()
+        wait_until(lambda: language.num_running == 0)
+        assert len(language.cancelled) == 1
+        raw.close()
+
+
+def test_a_server_that_stops_says_so_in_the_stream(monkeypatch):
+    monkeypatch.setattr(app, "STOP_TIMEOUT_S", 1)
+    with FakeLanguageService() as language, FakeService(SPEC) as service:
+        with ServerThread(service, language=language) as server:
+            raw = open_stream(server, chat("a", stream=True))
+            assert b"chatcmpl" in raw.recv(10_000)
+            raw.close()
+            language.block()
+            raw = open_stream(server, chat("b", stream=True))
+            wait_until(lambda: language.num_running == 1)
+            assert b"200" in raw.recv(1_000)
+        data = b""
+        while part := raw.recv(10_000):
+            data += part
+        raw.close()
+        assert b"the server is stopping" in data
+        wait_until(lambda: language.num_running == 0)
+        language.unblock()
+
+
+def test_paths_that_nobody_serves(server):
+    status, error = refusal(server, "/v1/embeddings", {"input": "x"})
+    assert (status, error["code"]) == (404, "unknown_url")
+    assert "/openapi.json" in error["message"]
+    with FakeService(SPEC) as service, ServerThread(service) as policy_only:
+        status, error = refusal(policy_only, CHAT, chat())
+        assert status == 404
+        assert "--chat" in error["message"]
 
 
 def test_a_full_service_says_when_to_come_back():

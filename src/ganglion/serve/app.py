@@ -27,7 +27,7 @@ from ganglion.serve.health import health_routes
 from ganglion.serve.hub import Hub
 from ganglion.serve.keys import KeyGuard
 from ganglion.serve.limits import HostGuard, check_exposure, impatient_h11
-from ganglion.serve.openai.routes import openai_routes
+from ganglion.serve.openai.routes import missing_routes, openai_routes
 from ganglion.serve.refusal import refuse
 from ganglion.serve.robot import RobotEndpoint
 from ganglion.service import LanguageService, Service
@@ -69,6 +69,8 @@ def build_app(
         hub = Hub(clock, max_robots=config.max_connections)
         routes += dashboard_routes(hub=hub, service=service, clock=clock)
         robots = RobotEndpoint(service, config=config, clock=clock, metrics=metrics)
+    if language is None:
+        routes += missing_routes("serve a language model too: ganglion serve --chat MODEL")
     app: ASGIApp = _Edge(routes, robots)
     if config.api_key is not None:
         app = KeyGuard(app, api_key=config.api_key, metrics=metrics)

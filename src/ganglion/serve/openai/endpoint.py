@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
-from ganglion.errors import GanglionError, InternalError
-from ganglion.serve.openai.answer import Prepared
+from ganglion.errors import CancelledError, GanglionError, InternalError
+from ganglion.serve.openai.answer import Prepared, sum_usage
 from ganglion.serve.openai.fields import parse_json
 from ganglion.serve.openai.refusal import ApiError, error_body, headers_of, status_of
 from ganglion.serve.openai.run import Item, Run
@@ -26,8 +26,10 @@ from ganglion.units import KIB
 logger = logging.getLogger(__name__)
 
 BODY_TIMEOUT_S = 10.0  # between two parts of a body
-FIRST_ITEM_S = 2.0  # an error before that has a status of its own; then the stream begins
-LARGE_BODY_BYTES = 16 * KIB  # reads longer than a millisecond or so
+FIRST_ITEM_S = 1.0  # an error before that has a status of its own; then the stream begins
+PING_S = 15.0  # without an item: proxies close streams that stay silent
+PING = b": waiting\n\n"
+LARGE_BODY_BYTES = 4 * KIB  # what takes longer than a millisecond or so to read
 MAX_LOGGED_NAMES = 64
 DONE = b"data: [DONE]\n\n"
 JSON_TYPE = (b"content-type", b"application/json")
@@ -83,6 +85,9 @@ class GenerateEndpoint:
         except GanglionError as error:
             logger.info("%s ended: %s: %s", reply.request_id, error.code, error)
             await reply.fail(error)
+        except asyncio.CancelledError:  # by the server's end, after its time of grace
+            await reply.fail(CancelledError("the server is stopping"))
+            raise
         except Exception:
             logger.exception("%s failed on %s", reply.request_id, scope["path"])
             await reply.fail(InternalError("see the log"))
@@ -91,17 +96,25 @@ class GenerateEndpoint:
         run = Run(self._language)
         work = asyncio.create_task(_generate(run, prepared, reply))
         gone = asyncio.create_task(_until_gone(receive))
+        behind = asyncio.create_task(run.overrun())
+        tasks = (work, gone, behind)
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
+                usage = sum_usage(run.usages)
+                logger.info(
+                    "%s: %d prompt tokens, %d of them from pages, %d new", reply.request_id,
+                    usage.num_prompt_tokens, usage.num_cached_tokens, usage.num_completion_tokens,
+                )  # fmt: skip
             else:
-                logger.info("%s: the client left", reply.request_id)
+                why = "left" if gone.done() else "reads too slowly"
+                logger.info("%s: the client %s", reply.request_id, why)
         finally:
             run.cancel()
-            for task in (work, gone):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _log_unknown(self, names: set[str]) -> None:
         for name in names - self._logged_names:
@@ -116,13 +129,24 @@ async def _generate(run: Run, prepared: Prepared, reply: "_Reply") -> None:
         await asyncio.to_thread(run.start, prepared.requests)
     else:
         run.start(prepared.requests)
-    if prepared.is_streamed:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FIRST_ITEM_S):
-                await run.wait()
+    if prepared.is_streamed and not await _is_changed(run, FIRST_ITEM_S):
+        await reply.open()
+        while not await _is_changed(run, PING_S):
+            await reply.ping()
     while (items := await run.read()) is not None:
         await reply.add(items)
+        while prepared.is_streamed and not await _is_changed(run, PING_S):
+            await reply.ping()
     await reply.close()
+
+
+async def _is_changed(run: Run, timeout_s: float) -> bool:
+    """Is there something to read within this time?"""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await run.wait()
+            return True
+    return False
 
 
 class _Reply:
@@ -136,6 +160,14 @@ class _Reply:
     def expect(self, prepared: Prepared) -> None:
         """From here on the answer has an id and a form."""
         self._prepared, self.request_id = prepared, prepared.answer_id
+
+    async def open(self) -> None:
+        """The head of a stream goes out: from here on an error is an event."""
+        await self._write(b"", is_last=False)
+
+    async def ping(self) -> None:
+        """A comment, which readers of events skip."""
+        await self._write(PING, is_last=False)
 
     async def add(self, items: list[Item]) -> None:
         """All that came since the last time goes out as one write."""

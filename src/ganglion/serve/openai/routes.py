@@ -18,7 +18,7 @@ from ganglion.serve.openai.chat import ChatReader
 from ganglion.serve.openai.completions import CompletionReader
 from ganglion.serve.openai.endpoint import GenerateEndpoint, JsonEndpoint, json_bytes
 from ganglion.serve.openai.openapi import openapi_body
-from ganglion.serve.openai.refusal import error_body, status_of
+from ganglion.serve.openai.refusal import ApiError, error_body, status_of
 from ganglion.serve.openai.responses import ResponseReader
 from ganglion.serve.openai.tokens import TokenReader
 from ganglion.service import LanguageService
@@ -72,7 +72,20 @@ def openai_routes(language: LanguageService, *, policy: PolicySpec | None) -> li
         Route("/openapi.json", document),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
+        *missing_routes("what is served is listed at /openapi.json"),
     ]
+
+
+def missing_routes(next_step: str) -> list[BaseRoute]:
+    """Any other path under `/v1`: a refusal in OpenAI's shape, which says what to do instead."""
+
+    async def missing(request: Request) -> Response:
+        url = f"{request.method} {request.url.path[:200]}"
+        error = ApiError(404, f"Invalid URL ({url})", code="unknown_url", next_step=next_step)
+        return _json(error_body(error, ""), 404)
+
+    methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+    return [Route("/v1/{path:path}", missing, methods=methods)]
 
 
 def unix_s() -> int:

@@ -9,12 +9,12 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from ganglion.errors import CancelledError, GanglionError
+from ganglion.errors import GanglionError
 from ganglion.generation import GenerateRequest, PromptScored, TextDelta, Usage
 from ganglion.service import Generated, LanguageService, OnGenerated
 from ganglion.types import RequestId
 
-MAX_UNREAD = 8_192  # items: a reader so far behind is cut off, since nothing may wait for it
+MAX_UNREAD = 8_192  # items: a client so far behind is cut off, since the engine waits for nobody
 
 Item = tuple[int, PromptScored | TextDelta | Usage]
 
@@ -32,6 +32,8 @@ class Run:
         self._lock = threading.Lock()  # over what `start` and `cancel` share, from two threads
         self._request_ids: list[RequestId] = []
         self._is_cancelled = False
+        self._is_overrun = asyncio.Event()
+        self.usages: list[Usage] = []  # of those that ended
 
     def start(self, requests: Sequence[GenerateRequest]) -> None:
         """Queue all of them, from any thread. What the service raises ends those that are queued already."""
@@ -60,6 +62,10 @@ class Run:
             self._changed.clear()
             await self._changed.wait()
 
+    async def overrun(self) -> None:
+        """Return when so much is unread that nobody can be reading."""
+        await self._is_overrun.wait()
+
     def cancel(self) -> None:
         """End what is still open, at once. From any thread, any number of times."""
         with self._lock:
@@ -81,12 +87,10 @@ class Run:
             self._error = self._error or generated
             self.cancel()
         else:
-            self._num_open -= isinstance(generated, Usage)
+            if isinstance(generated, Usage):
+                self._num_open -= 1
+                self.usages.append(generated)
             self._unread.append((source, generated))
-            if len(self._unread) > MAX_UNREAD and self._error is None:
-                self._error = CancelledError(
-                    f"{MAX_UNREAD} parts of the answer were not read", next_step="read faster"
-                )
-                self._unread.clear()
-                self.cancel()
+            if len(self._unread) > MAX_UNREAD:
+                self._is_overrun.set()
         self._changed.set()

@@ -115,7 +115,11 @@ def _read_tool(fields: Fields) -> Tool:
     description = fields.text("description")
     fields.flag("strict")  # what a grammar forces always matches its schema
     parameters = fields.child("parameters")
-    schema = NO_ARGUMENTS if parameters is None else fields.raw("parameters")
+    schema = NO_ARGUMENTS
+    if parameters is not None:
+        if parameters.raw("type") not in (None, "object"):
+            raise parameters.wrong("type", "'object': arguments have names")
+        schema = {"type": "object"} | fields.raw("parameters")
     function = {"name": name, "parameters": schema}
     if description is not None:
         function = {"name": name, "description": description, "parameters": schema}
