@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 
 from ganglion.errors import CheckpointError
 from ganglion.plan.capacity import fit, longest
-from ganglion.plan.footprint import KvGroupPlan, Part, part_of, read_shape, weigh
-from ganglion.plan.headers import read_config, read_folder, read_header
+from ganglion.plan.footprint import (
+    KvGroupPlan,
+    Part,
+    part_of,
+    read_shape,
+    weigh,
+    with_head_apart,
+)
+from ganglion.plan.headers import TensorHeader, read_config, read_folder, read_header
 from ganglion.plan.policy import forecast, policy_cost
 from ganglion.plan.roofline import Rates, Wall, decode, experts_touched, prefill
 from ganglion.units import GIB, MIB
@@ -138,6 +145,18 @@ def test_four_bit_blocks_are_two_parameters_a_byte(tmp_path: Path) -> None:
     )
     weights = weigh(read_folder(tmp_path), dtype="bfloat16")
     assert (weights.num_values, weights.file_bytes, weights.served_bytes) == (2048, 1088, 4096)
+
+
+def test_a_tied_head_is_a_second_copy() -> None:
+    weights = weights_of(DENSE)
+    apart = with_head_apart(weights)
+    assert apart.num_values == weights.num_values
+    assert apart.served_bytes == weights.served_bytes + 2 * 32000 * 1024
+    shape = read_shape(DENSE, where="x")
+    both = [
+        decode(shape, each, RATES, num_rows=1, context=1).read_bytes for each in (weights, apart)
+    ]
+    assert both[0] == both[1]
 
 
 def entry(**changes: Any) -> bytes:
@@ -284,10 +303,8 @@ def test_pages_hold_what_they_promise(
     assert most == 1 << 20 or group.row_bytes(most + 1, MIB) > arena
 
 
-def weights_of(config: dict[str, Any], tmp_path: Path) -> Any:
+def weights_of(config: dict[str, Any]) -> Any:
     """Weights as the config says, as headers only see them."""
-    from ganglion.plan.headers import TensorHeader
-
     layers, width, inner = config["num_hidden_layers"], 1024, config["intermediate_size"]
     tensors = [TensorHeader(name="model.embed_tokens.weight", dtype="BF16", shape=(32000, width))]
     for at in range(layers):
@@ -305,8 +322,8 @@ def weights_of(config: dict[str, Any], tmp_path: Path) -> Any:
     return weigh(tensors, dtype="bfloat16")
 
 
-def test_one_row_meets_bandwidth_a_prompt_meets_compute(tmp_path: Path) -> None:
-    shape, weights = read_shape(DENSE, where="x"), weights_of(DENSE, tmp_path)
+def test_one_row_meets_bandwidth_a_prompt_meets_compute() -> None:
+    shape, weights = read_shape(DENSE, where="x"), weights_of(DENSE)
     alone = decode(shape, weights, RATES, num_rows=1, context=128)
     assert alone.wall is Wall.BANDWIDTH
     # every weight and the context's pages are read once: 946 MB and 15 MB at 16 GB/s
@@ -323,8 +340,8 @@ def test_one_row_meets_bandwidth_a_prompt_meets_compute(tmp_path: Path) -> None:
     assert sum(prompt.shares.values()) == pytest.approx(1.0)
 
 
-def test_a_token_reads_only_its_experts(tmp_path: Path) -> None:
-    shape, weights = read_shape(MOE, where="x"), weights_of(MOE, tmp_path)
+def test_a_token_reads_only_its_experts() -> None:
+    shape, weights = read_shape(MOE, where="x"), weights_of(MOE)
     assert experts_touched(shape, 1) == pytest.approx(4)
     assert experts_touched(shape, 8) == pytest.approx(21, abs=0.1)  # of 32, as peers' bounds assume
     assert experts_touched(shape, 10_000) == pytest.approx(32)
@@ -345,8 +362,8 @@ def test_small_models_meet_the_calls(tmp_path: Path) -> None:
     )
 
 
-def test_what_fits(tmp_path: Path) -> None:
-    shape, weights = read_shape(DENSE, where="x"), weights_of(DENSE, tmp_path)
+def test_what_fits() -> None:
+    shape, weights = read_shape(DENSE, where="x"), weights_of(DENSE)
 
     def capacity(available_bytes: int, arena_bytes: int) -> Any:
         return fit(

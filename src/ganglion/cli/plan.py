@@ -14,7 +14,14 @@ from ganglion.config import Config
 from ganglion.errors import CheckpointError, FieldError, GanglionError
 from ganglion.plan import policy as policies
 from ganglion.plan.capacity import RUNTIME_BYTES, Capacity, fit
-from ganglion.plan.footprint import LanguageShape, Weights, read_shape, weigh
+from ganglion.plan.footprint import (
+    LanguageShape,
+    Part,
+    Weights,
+    read_shape,
+    weigh,
+    with_head_apart,
+)
 from ganglion.plan.hardware import Hardware, read_hardware
 from ganglion.plan.headers import CONFIG_FILE, read_config, read_folder
 from ganglion.plan.roofline import Forecast, Rates, Wall, decode, prefill
@@ -102,6 +109,8 @@ def plan_language(
     dtype = rates.dtype
     shape = read_shape(content, where=str(folder / CONFIG_FILE))
     weights = weigh(read_folder(folder), dtype=dtype)
+    if is_head_copied(weights, dtype):
+        weights = with_head_apart(weights)
     length = min(DEFAULT_CONTEXT, shape.max_tokens) if context is None else context
     if not 1 <= length <= shape.max_tokens:
         raise FieldError(
@@ -149,6 +158,15 @@ def plan_language(
         "machine": asdict(rates),
     }
     return "\n\n".join(parts), document, capacity.is_loadable
+
+
+def is_head_copied(weights: Weights, dtype: str) -> bool:
+    """Is the head tied, and weights of `dtype` laid out anew here?"""
+    from ganglion.kernels.cpu import why_not_packed
+    from ganglion.models.registry import DTYPES
+
+    is_tied = weights.values_of(Part.EMBEDDING) and not weights.values_of(Part.HEAD)
+    return bool(is_tied) and not why_not_packed(DTYPES[dtype])
 
 
 def why_not_served(folder: Path, content: dict[str, Any]) -> str:
@@ -230,8 +248,8 @@ def _weights_table(weights: Weights) -> str:
     rows += [
         (
             part.part,
-            _short(part.num_values),
-            format_bytes(part.file_bytes),
+            _short(part.num_values) if part.num_values else "tied",
+            format_bytes(part.file_bytes) if part.file_bytes else "-",
             format_bytes(part.served_bytes),
         )
         for part in weights.parts

@@ -192,6 +192,15 @@ def weigh(tensors: Iterable[TensorHeader], *, dtype: str) -> Weights:
     return Weights(parts=tuple(sorted(parts, key=lambda entry: -entry.served_bytes)))
 
 
+def with_head_apart(weights: Weights) -> Weights:
+    """A tied head that is laid out for the machine's matrix units is a second copy of the embedding."""
+    (embedding,) = (part for part in weights.parts if part.part is Part.EMBEDDING)
+    head = PartWeights(
+        part=Part.HEAD, num_values=0, file_bytes=0, served_bytes=embedding.served_bytes
+    )
+    return Weights(parts=(*(part for part in weights.parts if part.part is not Part.HEAD), head))
+
+
 def num_parameters(tensor: TensorHeader) -> int:
     """Parameters that a tensor stands for: two in a byte of 4-bit blocks, none in scales."""
     if tensor.name.endswith(("_scales", "weight_scale", "weight_scale_inv")):
