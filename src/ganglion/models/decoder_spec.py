@@ -263,6 +263,8 @@ def _deepseek(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
         layers=tuple(replace(layer, rope=rope) for layer in spec.layers),
         mla=mla,
         num_kv_heads=1,
+        head_dim=mla.nope_dim + mla.rope_dim,
+        attention_scale=mla.scale,
         has_mlp_bias=reader.flag("mlp_bias", default=False),
         num_extra_layers=reader.integer("num_nextn_predict_layers", 0),
     )
