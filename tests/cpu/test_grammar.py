@@ -335,9 +335,45 @@ def test_blanks_come_to_an_end(compiler: GrammarCompiler) -> None:
     assert 0 < tokens.count(ord("\n")) <= 33
 
 
+def doubling(step: Callable[[str], object], depth: int) -> dict[str, object]:
+    """A schema of which each definition names the next one twice."""
+    names = [{"$ref": f"#/$defs/x{i + 1}"} for i in range(depth)]
+    defs = {f"x{i}": step(name["$ref"]) for i, name in enumerate(names)}
+    return {"$defs": {**defs, f"x{depth}": TEXT}, "$ref": "#/$defs/x0"}
+
+
 @pytest.mark.parametrize(
     ("grammar", "says"),
     [
+        (
+            schema(
+                doubling(
+                    lambda to: {
+                        "allOf": [
+                            {"properties": {"x": {"$ref": to}}},
+                            {"properties": {"x": {"$ref": to}, "y": {"$ref": to}}},
+                        ]
+                    },
+                    20,
+                )
+            ),
+            "too large",
+        ),
+        (
+            schema(
+                doubling(
+                    lambda to: {
+                        "allOf": [
+                            {"anyOf": [{"$ref": to}, {"type": "object", "required": [key]}]}
+                            for key in "xy"
+                        ]
+                    },
+                    20,
+                )
+            ),
+            "too large",
+        ),
+        (schema({"allOf": [{"minimum": i} for i in range(2000)]}), "too large"),
         (schema({"type": "nope"}), "Invalid type: nope"),
         (schema({"type": "string", "pattern": "("}), "regex parse error"),
         (schema({"$ref": "http://example.com/schema"}), "not present"),

@@ -106,7 +106,8 @@ class CompiledGrammar:
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, and keeps the latest. Thread-safe.
 
-    `token_bytes`: what each token id stands for. Tokens of `eos_ids` end a text; those and `special_ids` are never part of one, whatever their bytes.
+    `token_bytes`: what each token id stands for. Tokens of `eos_ids` end a text; those and `special_ids` are never part of one, whatever their bytes. Of several tokens with the same bytes only the last is ever allowed (SentencePiece: the
+    common token, not the byte).
     """
 
     def __init__(

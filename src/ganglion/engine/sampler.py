@@ -82,12 +82,12 @@ class SamplerState:
         self.bias_values = np.fromiter(sampling.logit_bias.values(), np.float32)
         self._seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         # Slot i: a token that penalties touch, and how often it was generated. The prompt's own count 0.
-        self._slot_of: dict[int, int] = {}
-        self._seen_ids = np.zeros(64, np.int64)
-        self._seen_counts = np.zeros(64, np.float32)
-        if sampling.repetition_penalty != 1.0:
-            for token_id in prompt_ids:
-                self._count(token_id, 0.0)
+        is_prompt_seen = sampling.repetition_penalty != 1.0
+        seen = dict.fromkeys(prompt_ids) if is_prompt_seen else {}
+        self._slot_of = dict(zip(seen, range(len(seen)), strict=True))
+        self._seen_ids = np.zeros(len(seen) + 64, np.int64)
+        self._seen_ids[: len(seen)] = list(seen)
+        self._seen_counts = np.zeros(len(seen) + 64, np.float32)
 
     @property
     def seen(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
@@ -111,10 +111,10 @@ class SamplerState:
         if self.grammar is not None:
             self.grammar.advance(token_id)
         if self.is_penalised:
-            self._count(token_id, 1.0)
+            self._count(token_id)
         self.num_tokens += 1
 
-    def _count(self, token_id: int, step: float) -> None:
+    def _count(self, token_id: int) -> None:
         slot = self._slot_of.setdefault(token_id, len(self._slot_of))
         if slot == len(self._seen_ids):
             self._seen_ids = np.concatenate([self._seen_ids, np.zeros_like(self._seen_ids)])
@@ -122,7 +122,7 @@ class SamplerState:
                 [self._seen_counts, np.zeros_like(self._seen_counts)]
             )
         self._seen_ids[slot] = token_id
-        self._seen_counts[slot] += step
+        self._seen_counts[slot] += 1.0
 
 
 class Sampler:
