@@ -168,7 +168,6 @@ def test_prefixes_are_not_shared_between_tenants() -> None:
 
 def test_requests_of_one_prefix_that_come_together_compute_it_once() -> None:
     stand = Stand(max_rows=8)
-    (model,) = stand.models
     prompts = [[*LONG[:40], at, at + 1] for at in range(1, 6)]
     for at, prompt in enumerate(prompts):
         stand.submit(at, prompt, max_tokens=3)
