@@ -12,7 +12,7 @@ from ganglion.errors import CheckpointError
 from ganglion.kernels.cpu import why_not_packed
 from ganglion.models.moe import ExpertBackend, GateSpec, Moe, MoeSpec, moe_spec
 from ganglion.models.moe_load import Form, moe_parts
-from ganglion.models.packed_experts import pack_experts
+from ganglion.models.packed_experts import filled_up, pack_experts
 from ganglion.models.router import RouterSpec
 
 pytestmark = pytest.mark.cpu
@@ -159,9 +159,19 @@ def test_packed_equals_resident(case: str) -> None:
     out = moe(x)
     # a fused activation is rounded to bfloat16 once less
     torch.testing.assert_close(out.float(), expected.float(), rtol=0.03, atol=0.03 * float(expected.abs().max()))  # fmt: skip
+    many = moe(x.repeat(9, 1))  # more rows than there are sizes for
+    torch.testing.assert_close(many[:33], out, rtol=0.0, atol=0.0)
     for num_tokens in (1, 2, 7, 32):
         torch.testing.assert_close(moe(x[:num_tokens]), out[:num_tokens], rtol=0.0, atol=0.0)
     assert not pack_experts(moe)  # nothing left to pack
+
+
+def test_rows_are_filled_up_to_few_sizes() -> None:
+    sizes = [filled_up(num_rows) for num_rows in range(1, 4097)]
+    assert sizes[:32] == list(range(1, 33))
+    assert len(set(sizes)) == 32 + 7 * 16
+    for num_rows, size in enumerate(sizes, start=1):
+        assert num_rows <= size <= num_rows * 17 / 16
 
 
 @torch.no_grad()
