@@ -234,6 +234,7 @@ def test_unknown_fields_and_hints_are_ignored(server):
         ({"prompt": [[1, 258]]}, "prompt[0][1]"),
         ({"logprobs": 21}, "logprobs"),
         ({"n": 2, "best_of": 4}, "best_of"),
+        ({"n": 16, "prompt": ["x"] * 9}, "n"),
         ({"echo": "yes"}, "echo"),
         ({"suffix": "x"}, "suffix"),
     ],

@@ -45,6 +45,8 @@ class CompletionReader:
         chosen = self._catalog.choose(fields)
         prompts = _read_prompts(fields, chosen)
         num_choices = fields.integer("n", 1, MAX_CHOICES) or 1
+        if len(prompts) * num_choices > MAX_PROMPTS:
+            raise fields.wrong("n", f"at most {MAX_PROMPTS} choices of all prompts together")
         if (fields.integer("best_of", 1, MAX_CHOICES) or num_choices) != num_choices:
             raise fields.wrong("best_of", "the same as n: nothing is chosen among them")
         is_echo = bool(fields.flag("echo"))
@@ -70,7 +72,7 @@ class CompletionReader:
                     num_prompt_logprobs=num_logprobs if is_echo else None,
                 )
             )
-        has_text = fields.integer("max_tokens", 0, 2**31) != 0
+        has_text = fields.raw("max_tokens") != 0
         answer = CompletionAnswer(
             chosen, requests, echoes=_echo_texts(fields, chosen, prompts) if is_echo else None,
             has_text=has_text, stream=stream, created_s=created_s,

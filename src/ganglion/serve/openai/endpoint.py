@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from ganglion.errors import CancelledError, GanglionError, InternalError
 from ganglion.serve.openai.answer import Prepared, sum_usage
 from ganglion.serve.openai.fields import parse_json
-from ganglion.serve.openai.refusal import ApiError, error_body, headers_of, status_of
+from ganglion.serve.openai.refusal import ApiError, code_of, error_body, headers_of, status_of
 from ganglion.serve.openai.run import Item, Run
 from ganglion.serve.refusal import header
 from ganglion.service import LanguageService
@@ -83,7 +83,7 @@ class GenerateEndpoint:
             self._log_unknown(prepared.unknown)
             await self._serve(prepared, reply, receive)
         except GanglionError as error:
-            logger.info("%s ended: %s: %s", reply.request_id, error.code, error)
+            logger.info("%s ended: %s: %s", reply.request_id, code_of(error), error)
             await reply.fail(error)
         except asyncio.CancelledError:  # by the server's end, after its time of grace
             await reply.fail(CancelledError("the server is stopping"))

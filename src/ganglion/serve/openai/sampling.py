@@ -120,7 +120,7 @@ def room_for(
             f"{num_prompt + (asked or 1)}: {num_prompt} in the prompt{wanted}",
             code="context_length_exceeded",
             param=param,
-            next_step=f"shorten the prompt, or ask for at most {max(room, 0)} tokens",
+            next_step=f"ask for at most {room} tokens" if room > 0 else "shorten the prompt",
         )
     return room if asked is None else asked
 
