@@ -166,6 +166,22 @@ def test_packed_equals_resident(case: str) -> None:
     assert not pack_experts(moe)  # nothing left to pack
 
 
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_a_broken_token_does_not_spoil_the_others(case: str) -> None:
+    spec = moe_spec(wide_config(case), LAYER)
+    assert spec is not None
+    moe = Moe(spec)
+    x = torch.randn(9, spec.width)
+    whole = moe(x)
+    x[4] = torch.nan
+    x[6] = torch.inf
+    out = moe(x)
+    others = [0, 1, 2, 3, 5, 7, 8]
+    torch.testing.assert_close(out[others], whole[others], rtol=1e-5, atol=1e-6)
+    assert not out[[4, 6]].isfinite().any()
+
+
 def test_rows_are_filled_up_to_few_sizes() -> None:
     sizes = [filled_up(num_rows) for num_rows in range(1, 4097)]
     assert sizes[:32] == list(range(1, 33))

@@ -61,12 +61,6 @@ class MoeSpec:
     shared_inner: int = 0
     is_shared_gated: bool = False
 
-    @property
-    def num_expert_numbers(self) -> int:
-        """Numbers in one expert, biases included: times the bytes of a number, what its page takes."""
-        biases = 2 * self.inner + self.width if self.has_expert_bias else 0
-        return 3 * self.inner * self.width + biases
-
 
 def moe_spec(config: Config, layer: int) -> MoeSpec | None:
     """The layer's experts; None: it is dense, in a model with experts or without.

@@ -1,4 +1,4 @@
-"""Packed experts: a layer's experts with their weights laid out for this CPU's matrix units. Called by `decoder_load`.
+"""Packed experts: a layer's experts with their weights laid out for this CPU's matrix units. Called by `decoder`.
 
 An `ExpertBackend` made from `ResidentExperts`, for serving: can neither be trained nor saved. A SiLU or GELU runs inside
 the product that makes its input, and the product with `up` inside the one that makes `up`. Dimension names: `moe`.
@@ -19,9 +19,7 @@ from ganglion.models.moe import Moe, ResidentExperts, gate, run_experts
 from ganglion.models.moe_spec import Activation, MoeSpec
 
 MIN_WIDTH = 16  # below it the matrix units stand still
-_SIZES_PER_OCTAVE = (
-    16  # of row counts, from twice as many on: at most a sixteenth too many, 2% on average
-)
+_SIZES_PER_OCTAVE = 16  # of row counts above 32: at most a sixteenth too many, 2% on average
 
 _FUSED = {  # of torch.ops.mkldnn._linear_pointwise: an activation, and how it is approximated
     Activation.SILU: ("swish", ""),
