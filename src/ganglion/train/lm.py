@@ -32,7 +32,7 @@ STATE_FILE = "training_state.safetensors"
 class LmFitConfig:
     """One training run."""
 
-    num_steps: int = 2200
+    num_steps: int = 1500
     tokens_per_step: int = 4096
     length: int = 256
     long_length: int = 2048
