@@ -19,6 +19,7 @@ from ganglion.models.decoder_load import load_language, random_language
 from ganglion.models.decoder_spec import read_decoder_spec
 from ganglion.models.dense_kv import DenseKv
 from ganglion.models.language import KvSpace, LanguageModel
+from ganglion.models.packed_mlp import PackedGatedMlp
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -137,7 +138,8 @@ def test_bfloat16_is_near_float32_and_its_wide_layers_are_packed(source: Path) -
     assert {group.layout.dtype for group in rounded.groups} == {"bfloat16"}
     assert isinstance(rounded, Decoder)
     if not why_not_packed(torch.bfloat16):
-        assert sum(isinstance(part, PackedLinear) for part in rounded.modules()) == 3 * 4 + 1
+        assert sum(isinstance(part, PackedLinear) for part in rounded.modules()) == 3 * 2 + 1
+        assert sum(isinstance(part, PackedGatedMlp) for part in rounded.modules()) == 3
 
 
 def test_weights_of_the_right_dtype_are_not_copied(source: Path) -> None:
