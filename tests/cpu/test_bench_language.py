@@ -1,6 +1,7 @@
 """The language benches in their quick form, and what they do with engines that fail."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 
 from ganglion.bench import concurrency, decode, prefill, prefix
 from ganglion.bench.baselines.peer import PeerGenerator, installed_peers
+from ganglion.bench.foreign import ForeignLoad
 from ganglion.bench.generators import OurGenerator, check_counts
 from ganglion.bench.shapes import TOY_DENSE, shape_folder
-from ganglion.bench.speed import Case, Speeds, decode_rate
+from ganglion.bench.speed import Case, Pair, Speeds, decode_rate
+from ganglion.clock import SimulatedClock
 from ganglion.errors import GanglionError
 from ganglion.types import RequestId
 
@@ -34,6 +37,7 @@ def test_decode_in_short() -> None:
             assert result.metrics[f"{name}_ratio_transformers"] > 0
             assert result.metrics[f"{name}_tokens_per_s"] > 0
     assert not any("best_peer" in name for name in result.metrics)
+    assert [plot.title for plot in result.plots] == ["Dense", "Mixture of experts"]
     json.dumps(result.detail)
 
 
@@ -63,13 +67,28 @@ def test_models_are_made_once(tmp_path: Path) -> None:
     assert shape_folder(TOY_DENSE, seed=1) != first
 
 
+def pairs(ours: list[float], theirs: list[float]) -> tuple[Pair, ...]:
+    return tuple(
+        Pair(ours=mine, theirs=other, foreign_cores=mine / 100)
+        for mine, other in zip(ours, theirs, strict=True)
+    )
+
+
 def test_ratios_are_taken_within_a_round() -> None:
-    rates = {"ganglion": (10.0, 20.0, 30.0), "transformers": (5.0, 20.0, 60.0)}
-    peers = {"slow": (1.0, 1.0, 1.0), "fast": (40.0, 40.0, 60.0)}
-    metrics = Speeds(rates={"decode_1": rates | peers}, facts={}).metrics("moe_")
+    ours = [10.0, 20.0, 30.0]
+    others = {
+        "transformers": pairs(ours, [5.0, 20.0, 60.0]),
+        "slow": pairs(ours, [1.0, 1.0, 1.0]),
+        "fast": pairs(ours, [40.0, 40.0, 60.0]),
+    }
+    speeds = Speeds(pairs={"decode_1": others}, facts={})
+    metrics = speeds.metrics("moe_")
     assert metrics["moe_decode_1_ratio_transformers"] == 1.0
     assert metrics["moe_decode_1_ratio_best_peer"] == 0.5
     assert metrics["moe_decode_1_best_peer_tokens_per_s"] == 40.0
+    assert metrics["moe_decode_1_tokens_per_s"] == 20.0
+    assert speeds.rates()["slow"] == {"decode_1": 1.0}
+    assert speeds.worst_foreign_cores == 0.3
 
 
 def test_the_time_of_the_first_token_is_not_decode() -> None:
@@ -84,6 +103,33 @@ def test_the_time_of_the_first_token_is_not_decode() -> None:
 
     case = Case(name="decode_4", num_rows=4, num_prompt=3, num_new=8)
     assert decode_rate(Fixed(), case, np.random.default_rng(0), 10) == pytest.approx(8.0)  # type: ignore[arg-type]
+
+    class Busy(Fixed):
+        def generate(self, prompts: list[list[int]], num_tokens: int) -> float:
+            return 1.0 / num_tokens
+
+    with pytest.raises(GanglionError, match=r"9 tokens took 0\.111 s, 1 took 1\.000 s"):
+        decode_rate(Busy(), case, np.random.default_rng(0), 10)  # type: ignore[arg-type]
+
+
+def test_foreign_load_is_what_others_take(tmp_path: Path) -> None:
+    def say(busy: int, own: int, child: int) -> None:
+        (tmp_path / "stat").write_text(f"cpu {busy} 0 0 99 99 0 0 0 0 0\ncpu0 1\n")
+        for pid, ticks, born in ((7, own, "8"), (8, child, "")):
+            task = tmp_path / str(pid) / "task" / str(pid)
+            task.mkdir(parents=True, exist_ok=True)
+            (task / "children").write_text(born)
+            (tmp_path / str(pid) / "stat").write_text(
+                f"{pid} (a) b) S {'0 ' * 10}{ticks} 0 {'0 ' * 20}"
+            )
+
+    clock = SimulatedClock()
+    say(1000, 100, 50)
+    load = ForeignLoad(clock, (7,), proc=tmp_path)
+    say(1500, 300, 150)  # 500 ticks in all, 300 of them ours
+    clock.sleep_until(clock.now_s() + 2.0)
+    assert load.cores() == pytest.approx(200 / os.sysconf("SC_CLK_TCK") / 2.0)
+    assert ForeignLoad(clock, (7,), proc=tmp_path / "none").cores() == 0.0
 
 
 def test_our_generator_makes_what_is_asked_for() -> None:

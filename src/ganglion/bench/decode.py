@@ -4,6 +4,8 @@ Called by `ganglion bench decode`. A dense 0.5 B and a 1.8 B mixture of experts 
 prompts of 128 tokens, 64 timed tokens; every engine has all cores.
 """
 
+from dataclasses import asdict
+
 from ganglion.bench.result import BenchResult, Plot
 from ganglion.bench.shapes import DENSE, MOE, TOY_DENSE, TOY_MOE
 from ganglion.bench.speed import Case, Speeds, decode_rate, measure_speeds
@@ -42,34 +44,43 @@ def result_of(
 ) -> BenchResult:
     """All metrics, and one bar chart a model."""
     metrics: dict[str, float] = {}
-    plots = []
     for prefix, measured in speeds.items():
         metrics |= measured.metrics(prefix)
-        engines = next(iter(measured.rates.values()))
-        plots.append(
-            Plot(
-                title="Mixture of experts" if prefix else "Dense",
-                x_label="",
-                y_label=unit,
-                names=tuple(measured.rates),
-                series={
-                    engine: tuple(
-                        sorted(rates[engine])[len(rates[engine]) // 2]
-                        for rates in measured.rates.values()
-                    )
-                    for engine in engines
-                },
-            )
-        )
+    metrics["worst_foreign_cores"] = max(each.worst_foreign_cores for each in speeds.values())
     return BenchResult(
         name=name,
         metrics=metrics,
         detail={
-            "tokens_per_s": {prefix + "all": dict(each.rates) for prefix, each in speeds.items()},
-            "engines": {prefix + "all": dict(each.facts) for prefix, each in speeds.items()},
             "dtype": "bfloat16",
+            "models": {
+                _title(prefix): {
+                    "rounds": {
+                        case: {
+                            other: [asdict(pair) for pair in pairs] for other, pairs in of.items()
+                        }
+                        for case, of in measured.pairs.items()
+                    },
+                    "engines": dict(measured.facts),
+                }
+                for prefix, measured in speeds.items()
+            },
         },
         n=num_rounds,
         seed=seed,
-        plots=tuple(plots),
+        plots=tuple(
+            Plot(
+                title=_title(prefix),
+                x_label="",
+                y_label=unit,
+                names=tuple(measured.pairs),
+                series={
+                    engine: tuple(rates.values()) for engine, rates in measured.rates().items()
+                },
+            )
+            for prefix, measured in speeds.items()
+        ),
     )
+
+
+def _title(prefix: str) -> str:
+    return "Mixture of experts" if prefix else "Dense"

@@ -1,13 +1,15 @@
-"""Speed: several engines on one workload, interleaved, and the ratios between them. Called by bench decode and prefill.
+"""Speed: our engine and another on one workload, in turns, and the ratio between them. Called by bench decode and prefill.
 
-Every figure is a median over rounds; in a round each engine runs each case once, in an order that turns. Ratios are taken
-within a round, so that a slow minute of the machine is everybody's.
+The others come one after the other, since together they would not fit into memory; ours stays and runs again beside each.
+In a round both run each case once. A ratio is the median over rounds of ours / theirs, so that a slow minute of the
+machine is both's.
 """
 
+import gc
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -17,11 +19,14 @@ import torch
 
 from ganglion.bench.baselines.hugging_face import HuggingFaceGenerator
 from ganglion.bench.baselines.peer import PeerGenerator, installed_peers
+from ganglion.bench.foreign import ForeignLoad
 from ganglion.bench.generators import Generator, OurGenerator
 from ganglion.bench.shapes import shape_folder
+from ganglion.clock import RealClock
+from ganglion.errors import GanglionError
 
-OURS = OurGenerator.name
 BASELINE = HuggingFaceGenerator.name
+NUM_TRIES = 5  # of a figure that came out as none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,34 +41,61 @@ class Case:
     @property
     def max_tokens(self) -> int:
         """Of one row."""
-        return self.num_prompt + self.num_new
+        return self.num_prompt + self.num_new + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Tokens per second of one round."""
+
+    ours: float
+    theirs: float
+    foreign_cores: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speeds:
-    """Tokens per second: case -> engine -> one figure a round. `facts`: what engines said of themselves."""
+    """Case -> the other engine -> one pair a round. `facts`: what engines said of themselves."""
 
-    rates: Mapping[str, Mapping[str, tuple[float, ...]]]
+    pairs: Mapping[str, Mapping[str, tuple[Pair, ...]]]
     facts: Mapping[str, Any]
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Rates of ours, of transformers and of the best peer, and ours against theirs."""
         found: dict[str, float] = {}
-        for case, rates in self.rates.items():
+        for case, others in self.pairs.items():
             name = prefix + case
-            found[f"{name}_tokens_per_s"] = statistics.median(rates[OURS])
-            found[f"{name}_transformers_tokens_per_s"] = statistics.median(rates[BASELINE])
-            found[f"{name}_ratio_transformers"] = self._ratio(case, BASELINE)
-            peers = [engine for engine in rates if engine not in (OURS, BASELINE)]
+            found[f"{name}_tokens_per_s"] = self.ours(case)
+            found[f"{name}_transformers_tokens_per_s"] = _theirs(others[BASELINE])
+            found[f"{name}_ratio_transformers"] = _ratio(others[BASELINE])
+            peers = [pairs for other, pairs in others.items() if other != BASELINE]
             if peers:
-                best = max(peers, key=lambda peer: statistics.median(rates[peer]))
-                found[f"{name}_best_peer_tokens_per_s"] = statistics.median(rates[best])
-                found[f"{name}_ratio_best_peer"] = self._ratio(case, best)
+                best = max(peers, key=_theirs)
+                found[f"{name}_best_peer_tokens_per_s"] = _theirs(best)
+                found[f"{name}_ratio_best_peer"] = _ratio(best)
         return found
 
-    def _ratio(self, case: str, other: str) -> float:
-        pairs = zip(self.rates[case][OURS], self.rates[case][other], strict=True)
-        return statistics.median(ours / theirs for ours, theirs in pairs)
+    def ours(self, case: str) -> float:
+        """Tokens per second, median over all rounds."""
+        return statistics.median(pair.ours for pairs in self.pairs[case].values() for pair in pairs)
+
+    def rates(self) -> dict[str, dict[str, float]]:
+        """Engine -> case -> tokens per second."""
+        found = {OurGenerator.name: {case: self.ours(case) for case in self.pairs}}
+        for case, others in self.pairs.items():
+            for other, pairs in others.items():
+                found.setdefault(other, {})[case] = _theirs(pairs)
+        return found
+
+    @property
+    def worst_foreign_cores(self) -> float:
+        """Of all rounds."""
+        return max(
+            pair.foreign_cores
+            for others in self.pairs.values()
+            for pairs in others.values()
+            for pair in pairs
+        )
 
 
 Rate = Callable[[Generator, Case, np.random.Generator, int], float]
@@ -78,7 +110,7 @@ def measure_speeds(
     seed: int,
     is_quick: bool,
 ) -> Speeds:
-    """Load every engine once, warm each case up, then run the rounds.
+    """Ours against each of the others: a round to warm up, then those that count.
 
     Every engine gets the whole machine; when it `is_quick`, one thread, and there are no peers.
     """
@@ -86,51 +118,57 @@ def measure_speeds(
     folder = shape_folder(config, seed=seed)
     max_rows = max(case.num_rows for case in cases)
     max_tokens = max(case.max_tokens for case in cases)
-    random = np.random.default_rng(seed)
+    random, clock = np.random.default_rng(seed), RealClock()
     vocab_size = int(config["vocab_size"])
-    with ExitStack() as stack:
-        engines: list[Generator] = []
-        facts: dict[str, Any] = {
-            "num_threads": torch.get_num_threads(),
-            "transformers": version("transformers"),
-        }
+    facts: dict[str, Any] = {
+        "num_threads": torch.get_num_threads(),
+        BASELINE: {"version": version("transformers")},
+    }
 
-        def keep(engine: Generator) -> None:
-            engines.append(stack.enter_context(closing(engine)))
-
-        keep(OurGenerator(folder, max_rows=max_rows, max_tokens=max_tokens))
-        keep(HuggingFaceGenerator(folder))
+    def others() -> Iterator[Generator]:
+        yield HuggingFaceGenerator(folder)
         for name, python in ({} if is_quick else installed_peers()).items():
             peer = PeerGenerator(name, python, folder, max_rows=max_rows, max_tokens=max_tokens)
             facts[name] = dict(peer.loaded)
-            keep(peer)
-        rates: dict[str, dict[str, list[float]]] = {
-            case.name: {engine.name: [] for engine in engines} for case in cases
-        }
-        for at in range(num_rounds + 1):
-            for case in cases:
-                turn = at % len(engines)
-                for engine in engines[turn:] + engines[:turn]:
-                    tokens_per_s = rate(engine, case, random, vocab_size)
-                    if at:  # the first is warming up
-                        rates[case.name][engine.name].append(tokens_per_s)
-        facts["load_average"] = os.getloadavg()[0]
-    return Speeds(
-        rates={
-            case: {name: tuple(values) for name, values in engines_rates.items()}
-            for case, engines_rates in rates.items()
-        },
-        facts=facts,
-    )
+            yield peer
+
+    pairs: dict[str, dict[str, tuple[Pair, ...]]] = {case.name: {} for case in cases}
+    with closing(OurGenerator(folder, max_rows=max_rows, max_tokens=max_tokens)) as ours:
+        for other in others():
+            with closing(other):
+                rounds: dict[str, list[Pair]] = {case.name: [] for case in cases}
+                for _ in range(num_rounds + 1):
+                    for case in cases:
+                        load = ForeignLoad(clock, (os.getpid(),))
+                        mine = rate(ours, case, random, vocab_size)
+                        theirs = rate(other, case, random, vocab_size)
+                        rounds[case.name].append(
+                            Pair(ours=mine, theirs=theirs, foreign_cores=load.cores())
+                        )
+                for case in cases:
+                    pairs[case.name][other.name] = tuple(rounds[case.name][1:])
+            del other  # its memory, before the next one takes its own
+            gc.collect()
+    return Speeds(pairs=pairs, facts=facts)
 
 
 def decode_rate(
     engine: Generator, case: Case, random: np.random.Generator, vocab_size: int
 ) -> float:
-    """Tokens after the first, per second: the time of `num_new` + 1 less the time of one."""
-    one_s = engine.generate(_prompts(case, random, vocab_size), 1)
-    all_s = engine.generate(_prompts(case, random, vocab_size), case.num_new + 1)
-    return case.num_rows * case.num_new / max(all_s - one_s, 1e-9)
+    """Tokens after the first, per second: the time of `num_new` + 1 less the time of one.
+
+    Raises GanglionError when more tokens keep taking less time: the machine is too busy to measure.
+    """
+    for _ in range(NUM_TRIES):
+        one_s = engine.generate(_prompts(case, random, vocab_size), 1)
+        all_s = engine.generate(_prompts(case, random, vocab_size), case.num_new + 1)
+        if all_s > one_s:
+            return case.num_rows * case.num_new / (all_s - one_s)
+    raise GanglionError(
+        f"{engine.name}: {case.num_new + 1} tokens took {all_s:.3f} s, 1 took {one_s:.3f} s, "
+        f"{NUM_TRIES} times in a row",
+        next_step="end what else runs on this machine and measure again",
+    )
 
 
 def prefill_rate(
@@ -139,6 +177,14 @@ def prefill_rate(
     """Prompt tokens per second up to the first new one."""
     took_s = engine.generate(_prompts(case, random, vocab_size), 1)
     return case.num_rows * case.num_prompt / took_s
+
+
+def _theirs(pairs: Sequence[Pair]) -> float:
+    return statistics.median(pair.theirs for pair in pairs)
+
+
+def _ratio(pairs: Sequence[Pair]) -> float:
+    return statistics.median(pair.ours / pair.theirs for pair in pairs)
 
 
 def _prompts(case: Case, random: np.random.Generator, vocab_size: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ import torch
 from ganglion.bench import peers
 from ganglion.errors import GanglionError
 
-PEERS: tuple[str, ...] = ("vllm",)
+PEERS: tuple[str, ...] = ("vllm", "openvino")
 
 
 def installed_peers(root: Path | None = None) -> dict[str, Path]:
