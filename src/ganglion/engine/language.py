@@ -6,21 +6,20 @@ robots' steps with the time that is left. Owns its requests and their rows; know
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ganglion.clock import Clock
-from ganglion.engine.kv_space import blank
-from ganglion.engine.language_forward import Forward, Stage, Strand
-from ganglion.engine.language_pages import GroupShape, Growth, LanguagePages
-from ganglion.engine.language_policy import Policy, chunked, stage_layers
+from ganglion.engine.language_batch import LanguageBatches
+from ganglion.engine.language_forward import Forward
+from ganglion.engine.language_host import HEAD, LAYERS, LanguageHost, open_host
+from ganglion.engine.language_policy import Policy, chunked
 from ganglion.engine.language_work import LanguageRow, LanguageWork, Part
 from ganglion.engine.sampler import (
     Matcher,
     Sampled,
-    Sampler,
     SamplerState,
     check_sampling,
     score_tokens,
@@ -30,7 +29,6 @@ from ganglion.errors import (
     FieldError,
     GanglionError,
     InternalError,
-    OutOfPagesError,
 )
 from ganglion.generation import FinishReason, GenerateRequest, PromptScored, TokenDelta, Usage
 from ganglion.memory.arena import Arena
@@ -42,7 +40,7 @@ from ganglion.types import RequestId
 
 logger = logging.getLogger(__name__)
 
-LAYERS, HEAD = "layers", "head"  # stages of the cost model: rows are tokens, units are layers
+
 MAX_SCORED_TOKENS = 64  # whose scores of the whole vocabulary exist at once
 
 
@@ -55,30 +53,6 @@ class Ended:
 
 
 Event = TokenDelta | PromptScored | Ended
-
-
-@dataclass(slots=True, kw_only=True)
-class _Host:
-    """One model, the rows that ask for it in the order in which they came, and its batch under way."""
-
-    name: str
-    model: LanguageModel
-    pages: LanguagePages
-    sampler: Sampler
-    rows: list[LanguageRow] = field(default_factory=list)
-    suspects: list[LanguageRow] = field(default_factory=list)  # of a batch that failed: run alone
-    forward: Forward | None = None
-    stage: Stage | None = None
-
-    @property
-    def admitted(self) -> list[LanguageRow]:
-        """Rows that may hold pages."""
-        return [row for row in self.rows if row.is_admitted]
-
-    @property
-    def staged(self) -> list[LanguageRow]:
-        """Rows between two groups of layers."""
-        return [] if self.stage is None else [part.row for part in self.stage.strand.parts]
 
 
 class LanguageEngine:
@@ -106,24 +80,23 @@ class LanguageEngine:
         `max_batch_tokens`: bounds the workspace. `is_deterministic`: every token is computed alone, so that its scores
         are the same, bit by bit, whatever it is batched with and however its prompt is cut; slow.
         """
-        self._ledger, self._arena, self._clock, self._cost = ledger, arena, clock, cost
-        self._max_rows, self._max_batch_tokens = max_rows, max_batch_tokens
-        self._policy, self._is_deterministic = policy, is_deterministic
+        self._ledger, self._clock = ledger, clock
         self._hosts = {
-            name: _Host(
-                name=name,
-                model=model,
-                pages=LanguagePages(name, _shapes(model, arena), ledger),
-                sampler=Sampler(model.spec),
-            )
-            for name, model in models.items()
+            name: open_host(name, model, ledger, arena, cost) for name, model in models.items()
         }
+        self._batches = LanguageBatches(
+            self._hosts,
+            arena,
+            policy,
+            max_rows=max_rows,
+            max_batch_tokens=max_batch_tokens,
+            is_deterministic=is_deterministic,
+        )
         self._works: dict[RequestId, LanguageWork] = {}
         self._draws: dict[RequestId, list[SamplerState]] = {}
         self._events: list[Event] = []
         self._num_arrivals = 0
         self._last_host = ""
-        self.num_preemptions = 0
         ledger.attach(self)
 
     @property
@@ -135,6 +108,11 @@ class LanguageEngine:
     def num_under_way(self) -> int:
         """Requests waiting or in flight."""
         return len(self._works)
+
+    @property
+    def num_preemptions(self) -> int:
+        """Times that a request gave its pages back before its end."""
+        return self._batches.num_preemptions
 
     @property
     def num_running(self) -> int:
@@ -192,11 +170,7 @@ class LanguageEngine:
 
     def preempt_latest(self) -> bool:
         """Give the pages of the request that came last back, to be computed again later. False: nobody holds any."""
-        works = [row.work for host in self._hosts.values() for row in host.admitted]
-        if not works:
-            return False
-        self._preempt(max(works, key=lambda work: work.arrival))
-        return True
+        return self._batches.preempt_latest()
 
     def relocate(self, moves: Moves) -> None:
         """The ledger moved pages: rows follow."""
@@ -250,7 +224,7 @@ class LanguageEngine:
         with torch.inference_mode():
             try:
                 if host.forward is None:
-                    host.forward = self._begin(host, budget_us)
+                    host.forward = self._batches.begin(host, budget_us)
                 if host.forward is not None:
                     self._run(host, host.forward, budget_us, start_s)
             except GanglionError as error:
@@ -258,9 +232,10 @@ class LanguageEngine:
             except Exception:
                 logger.exception("a batch of %s failed", host.name)
                 self._fail(host, InternalError("the model failed on this request"))
+        self._end_starved()
         return True
 
-    def _next_host(self) -> _Host | None:
+    def _next_host(self) -> LanguageHost | None:
         """The model whose batch is under way, else the next in turn that has rows."""
         names = list(self._hosts)
         at = names.index(self._last_host) + 1 if self._last_host in names else 0
@@ -273,12 +248,12 @@ class LanguageEngine:
                 return self._hosts[name]
         return None
 
-    def _run(self, host: _Host, forward: Forward, budget_us: int, start_s: float) -> None:
+    def _run(self, host: LanguageHost, forward: Forward, budget_us: int, start_s: float) -> None:
         has_run = False
         now_s = start_s
         while not forward.is_done:
             num_tokens = max(1, forward.num_tokens)
-            layer_us = self._estimate(host, LAYERS, num_tokens)
+            layer_us = host.estimate_us(LAYERS, num_tokens)
             left_us = budget_us - (now_s - start_s) * 1e6
             if has_run and left_us < layer_us:
                 return
@@ -288,168 +263,14 @@ class LanguageEngine:
             began_s = self._clock.now_s()
             forward.run(num_layers)
             now_s, has_run = self._clock.now_s(), True
-            self._observe(host, LAYERS, num_tokens, num_layers, (now_s - began_s) * 1e6)
+            host.observe(LAYERS, num_tokens, num_layers, (now_s - began_s) * 1e6)
         left_us = budget_us - (now_s - start_s) * 1e6
-        if not has_run or left_us >= self._estimate(host, HEAD, forward.num_tokens):
+        if not has_run or left_us >= host.estimate_us(HEAD, forward.num_tokens):
             self._commit(host, forward)
-
-    def _estimate(self, host: _Host, stage: str, num_tokens: int, num_layers: int = 1) -> int:
-        return self._cost.estimate_us(
-            host.name, stage, num_rows=max(1, num_tokens), num_units=num_layers
-        )
-
-    def _observe(
-        self, host: _Host, stage: str, num_tokens: int, num_layers: int, run_us: float
-    ) -> None:
-        self._cost.observe(
-            host.name, stage, num_rows=num_tokens, num_units=num_layers, run_us=run_us
-        )
-
-    # --- making a batch ------------------------------------------------------------------------------------------
-
-    def _begin(self, host: _Host, budget_us: int) -> Forward | None:
-        """The next batch; None when nobody can run now (some request may have been ended over it)."""
-        self._admit(host)
-        growth = Growth()
-        if host.suspects:
-            parts = self._parts(host, host.suspects[:1], [host.suspects[0].num_left], growth)
-            return self._forward(host, parts, [], None, growth) if parts else None
-        staged = set(host.staged)
-        rows = [row for row in host.admitted if row not in staged]
-        num_left = [row.num_left for row in rows]
-        is_prefill = any(left > 1 for left in num_left)
-        max_tokens = self._max_tokens(host, budget_us) if is_prefill else len(rows)
-        order = self._policy(num_left, max_tokens, is_stage_busy=host.stage is not None)
-        parts = self._parts(host, rows, order.num_tokens, growth)
-        chosen = {rows[at] for at in order.staged}
-        lead = [part for part in parts if part.row not in chosen]
-        new = [part for part in parts if part.row in chosen]
-        groups = stage_layers(host.model.spec.num_layers, order.num_stages)
-        return self._forward(host, lead, new, groups, growth)
-
-    def _forward(
-        self,
-        host: _Host,
-        lead: Sequence[Part],
-        staged: Sequence[Part],
-        groups: tuple[range, ...] | None,
-        growth: Growth,
-    ) -> Forward | None:
-        self._arena.copy(growth.copies)
-        for layout_name, pages in growth.fresh.items():
-            blank(self._arena, layout_name, pages)
-        if staged and groups:
-            host.stage = Stage(strand=Strand(host.model, staged, self._arena.device), groups=groups)
-        stage = host.stage if groups else None
-        if not lead and stage is None:
-            return None
-        return Forward(
-            host.model,
-            self._arena,
-            Strand(host.model, lead, self._arena.device) if lead else None,
-            stage,
-            is_deterministic=self._is_deterministic,
-        )
-
-    def _max_tokens(self, host: _Host, budget_us: int) -> int:
-        """Tokens of a batch that goes through all layers within the budget, by what was measured; at least 1."""
-        num_layers = host.model.spec.num_layers
-
-        def fits(num_tokens: int) -> bool:
-            layers_us = self._estimate(host, LAYERS, num_tokens, num_layers)
-            return num_tokens <= self._max_batch_tokens and layers_us <= budget_us
-
-        num_tokens = 1
-        while fits(2 * num_tokens):
-            num_tokens *= 2
-        extra = num_tokens // 2
-        while extra:
-            num_tokens += extra if fits(num_tokens + extra) else 0
-            extra //= 2
-        return num_tokens
-
-    def _admit(self, host: _Host) -> None:
-        """Let waiting rows come in, the oldest first, while there is room for them."""
-        admitted = host.admitted
-        num_running = sum(self._num_choices(row) for row in admitted)
-        for row in host.rows:
-            if row.is_admitted:
-                continue
-            num_more = self._num_choices(row)
-            is_alone = not self.num_running
-            if not is_alone:
-                if num_running + num_more > self._max_rows:
-                    return
-                if not host.pages.has_room(len(row.tokens), len(admitted)):
-                    return
-            if any(_makes_prefix_of(row, other, host.pages.unit) for other in admitted):
-                continue
-            row.is_admitted = True
-            admitted.append(row)
-            num_running += num_more
-            work = row.work
-            is_scored = work.request.num_prompt_logprobs is not None and not work.is_forked
-            num_hit = 0 if is_scored else host.pages.match(row)
-            if work.num_cached is None:
-                work.num_cached = num_hit
-
-    @staticmethod
-    def _num_choices(row: LanguageRow) -> int:
-        return 1 if row.work.is_forked else row.work.request.num_choices
-
-    def _parts(
-        self,
-        host: _Host,
-        rows: Sequence[LanguageRow],
-        num_tokens: Sequence[int],
-        growth: Growth,
-    ) -> list[Part]:
-        """Give every row the pages that it writes. Where there are none, whoever came last gives way."""
-        parts: list[Part] = []
-        for row, count in zip(rows, num_tokens, strict=True):
-            if count and row.is_admitted and self._grow(host, row, count, growth):
-                parts.append(Part(row=row, start=row.num_computed, num_tokens=count))
-        return [part for part in parts if part.row.is_admitted]
-
-    def _grow(self, host: _Host, row: LanguageRow, count: int, growth: Growth) -> bool:
-        while True:
-            try:
-                host.pages.grow(row, row.num_computed + count, growth)
-                return True
-            except OutOfPagesError as error:
-                holders = {r.work for h in self._hosts.values() for r in h.admitted}
-                last = max(holders, key=lambda work: work.arrival)
-                if holders == {row.work}:  # nobody else can give any
-                    self._end(row.work, error)
-                    return False
-                self._preempt(last)
-                if last is row.work:
-                    return False
-
-    def _preempt(self, work: LanguageWork) -> None:
-        """Its pages go; its rows wait again, with all that they know."""
-        self.num_preemptions += 1
-        logger.info("preempted request %s: out of pages", work.request_id)
-        for row in work.rows:
-            self._release(row)
-
-    def _release(self, row: LanguageRow) -> None:
-        """Its pages are back, and it is in no batch any more."""
-        host = self._hosts[row.work.request.model]
-        if not row.is_admitted:
-            return
-        host.pages.release(row)
-        row.is_admitted = False
-        if row in host.suspects:
-            host.suspects.remove(row)
-        if host.forward is not None and host.forward.lead is not None:
-            host.forward.lead.drop(row)
-        if host.stage is not None:
-            host.stage.strand.drop(row)
 
     # --- committing it -------------------------------------------------------------------------------------------
 
-    def _commit(self, host: _Host, forward: Forward) -> None:
+    def _commit(self, host: LanguageHost, forward: Forward) -> None:
         """Cursors move, full pages can be found, and who is up to date draws a token."""
         host.forward = None
         strands = [] if forward.lead is None else [forward.lead]
@@ -479,7 +300,7 @@ class LanguageEngine:
             began_s = self._clock.now_s()
             self._draw(host, drawing, forward.logits(torch.stack(hidden)))
             run_us = (self._clock.now_s() - began_s) * 1e6
-            self._observe(host, HEAD, len(drawing), 1, run_us)
+            host.observe(HEAD, len(drawing), 1, run_us)
 
     def _score_prompt(self, forward: Forward, part: Part, hidden: Tensor) -> None:
         """Keep what the model gives the prompt's tokens, where that was asked for."""
@@ -498,7 +319,7 @@ class LanguageEngine:
             if logits is not None:
                 work.prompt_scores += score_tokens(logits, targets, [num_top] * len(targets))
 
-    def _draw(self, host: _Host, rows: Sequence[LanguageRow], logits: Tensor) -> None:
+    def _draw(self, host: LanguageHost, rows: Sequence[LanguageRow], logits: Tensor) -> None:
         """The next token of every choice; where the prompt was computed just now, the choices part."""
         choices: list[LanguageRow] = []
         lines: list[int] = []
@@ -517,7 +338,7 @@ class LanguageEngine:
         for work in {row.work for row in rows}:
             self._end_if_done(work)
 
-    def _fork(self, host: _Host, row: LanguageRow) -> list[LanguageRow]:
+    def _fork(self, host: LanguageHost, row: LanguageRow) -> list[LanguageRow]:
         """The prompt is computed: one row for each choice goes on from it."""
         work = row.work
         work.is_forked = True
@@ -543,7 +364,12 @@ class LanguageEngine:
         return work.rows
 
     def _take(
-        self, host: _Host, row: LanguageRow, drawn: Sampled | GanglionError, *, is_complete: bool
+        self,
+        host: LanguageHost,
+        row: LanguageRow,
+        drawn: Sampled | GanglionError,
+        *,
+        is_complete: bool,
     ) -> None:
         if isinstance(drawn, GanglionError):
             self._end(row.work, drawn)
@@ -586,8 +412,9 @@ class LanguageEngine:
 
     def _finish_row(self, row: LanguageRow, finish: FinishReason) -> None:
         row.finish = finish
-        self._release(row)
-        self._hosts[row.work.request.model].rows.remove(row)
+        host = self._hosts[row.work.request.model]
+        host.release(row)
+        host.rows.remove(row)
 
     def _end_if_done(self, work: LanguageWork) -> None:
         if work.is_done and work.request_id in self._works:
@@ -606,35 +433,17 @@ class LanguageEngine:
                 self._finish_row(row, FinishReason.STOP)
         self._events.append(Ended(request_id=work.request_id, outcome=outcome))
 
-    def _fail(self, host: _Host, error: GanglionError) -> None:
+    def _end_starved(self) -> None:
+        starved, self._batches.starved = self._batches.starved, []
+        for work, error in starved:
+            self._end(work, error)
+
+    def _fail(self, host: LanguageHost, error: GanglionError) -> None:
         """A batch raised: every row of it is run alone, so that one bad request does not spoil its batch mates."""
-        forward, host.forward = host.forward, None
-        stage, host.stage = host.stage, None
-        strands = [] if forward is None or forward.lead is None else [forward.lead]
-        strands += [] if stage is None else [stage.strand]
-        rows = [part.row for strand in strands for part in strand.parts]
+        rows = host.abandon()
         if len(rows) > 1:
             host.suspects = rows
             return
         for row in rows or host.admitted:
             if row.finish is None:
                 self._end(row.work, error)
-
-
-def _shapes(model: LanguageModel, arena: Arena) -> list[GroupShape]:
-    return [
-        GroupShape(
-            layout=group.layout,
-            window=group.window,
-            pages_per_large=arena.pages(group.layout.name).shape[1],
-        )
-        for group in model.groups
-    ]
-
-
-def _makes_prefix_of(row: LanguageRow, other: LanguageRow, unit: int) -> bool:
-    """Is `other` computing a page that `row` would match once it is there?"""
-    if other.work.request.tenant != row.work.request.tenant or other.num_left <= 1:
-        return False
-    end = (other.num_computed // unit + 1) * unit
-    return len(row.tokens) > end <= len(other.tokens) and row.tokens[:end] == other.tokens[:end]

@@ -1,0 +1,192 @@
+"""Batches: who comes in, which tokens the next forward computes, and who gives way when pages run out.
+
+Called by `engine.language` between two forwards. Asks the policy, reserves pages, prepares their bytes; runs no layer.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from ganglion.engine.kv_space import blank
+from ganglion.engine.language_forward import Forward, Stage, Strand
+from ganglion.engine.language_host import LAYERS, LanguageHost
+from ganglion.engine.language_pages import Growth
+from ganglion.engine.language_policy import Policy, stage_layers
+from ganglion.engine.language_work import LanguageRow, LanguageWork, Part
+from ganglion.errors import OutOfPagesError
+from ganglion.memory.arena import Arena
+
+logger = logging.getLogger(__name__)
+
+
+class LanguageBatches:
+    """Earlier requests never wait for later ones: whoever came last gives its pages away, and computes them again."""
+
+    def __init__(
+        self,
+        hosts: Mapping[str, LanguageHost],
+        arena: Arena,
+        policy: Policy,
+        *,
+        max_rows: int,
+        max_batch_tokens: int,
+        is_deterministic: bool,
+    ) -> None:
+        self._hosts, self._arena, self._policy = hosts, arena, policy
+        self._max_rows, self._max_batch_tokens = max_rows, max_batch_tokens
+        self._is_deterministic = is_deterministic
+        self.num_preemptions = 0
+        self.starved: list[tuple[LanguageWork, OutOfPagesError]] = []  # can never fit: to be ended
+
+    def begin(self, host: LanguageHost, budget_us: int) -> Forward | None:
+        """The next batch; None when nobody can run now."""
+        self._admit(host)
+        growth = Growth()
+        if host.suspects:
+            parts = self._parts(host, host.suspects[:1], [host.suspects[0].num_left], growth)
+            return self._forward(host, parts, growth)
+        staged = set(host.staged)
+        rows = [row for row in host.admitted if row not in staged]
+        num_left = [row.num_left for row in rows]
+        is_prefill = any(left > 1 for left in num_left)
+        max_tokens = self._max_tokens(host, budget_us) if is_prefill else len(rows)
+        order = self._policy(num_left, max_tokens, is_stage_busy=host.stage is not None)
+        parts = self._parts(host, rows, order.num_tokens, growth)
+        chosen = {rows[at] for at in order.staged}
+        forward_parts = [part for part in parts if part.row not in chosen]
+        staged_parts = [part for part in parts if part.row in chosen]
+        if staged_parts:
+            self._prepare(growth)
+            host.stage = Stage(
+                strand=Strand(host.model, staged_parts, self._arena.device),
+                groups=stage_layers(host.model.spec.num_layers, order.num_stages),
+            )
+        return self._forward(host, forward_parts, growth, stage=host.stage)
+
+    def preempt_latest(self) -> bool:
+        """The request that came last gives its pages back; False: nobody holds any."""
+        works = self._holders()
+        if works:
+            self._preempt(max(works, key=lambda work: work.arrival))
+        return bool(works)
+
+    def _forward(
+        self,
+        host: LanguageHost,
+        parts: Sequence[Part],
+        growth: Growth,
+        stage: Stage | None = None,
+    ) -> Forward | None:
+        self._prepare(growth)
+        if not parts and stage is None:
+            return None
+        return Forward(
+            host.model,
+            self._arena,
+            Strand(host.model, parts, self._arena.device) if parts else None,
+            stage,
+            is_deterministic=self._is_deterministic,
+        )
+
+    def _prepare(self, growth: Growth) -> None:
+        """Copies first: a page that was given up meanwhile may be fresh again."""
+        self._arena.copy(growth.copies)
+        for layout_name, pages in growth.fresh.items():
+            blank(self._arena, layout_name, pages)
+
+    def _max_tokens(self, host: LanguageHost, budget_us: int) -> int:
+        """Tokens of a batch that goes through all layers within the budget, by what was measured; at least 1."""
+        num_layers = host.model.spec.num_layers
+
+        def fits(num_tokens: int) -> bool:
+            layers_us = host.estimate_us(LAYERS, num_tokens, num_layers)
+            return num_tokens <= self._max_batch_tokens and layers_us <= budget_us
+
+        num_tokens = 1
+        while fits(2 * num_tokens):
+            num_tokens *= 2
+        extra = num_tokens // 2
+        while extra:
+            num_tokens += extra if fits(num_tokens + extra) else 0
+            extra //= 2
+        return num_tokens
+
+    def _admit(self, host: LanguageHost) -> None:
+        """Let waiting rows come in, the oldest first, while there is room for them."""
+        admitted = host.admitted
+        num_running = sum(self._num_choices(row) for row in admitted)
+        for row in host.rows:
+            if row.is_admitted:
+                continue
+            num_more = self._num_choices(row)
+            is_alone = not self._holders()
+            if not is_alone:
+                if num_running + num_more > self._max_rows:
+                    return
+                if not host.pages.has_room(len(row.tokens), len(admitted)):
+                    return
+            if any(_makes_prefix_of(row, other, host.pages.unit) for other in admitted):
+                continue
+            row.is_admitted = True
+            admitted.append(row)
+            num_running += num_more
+            work = row.work
+            is_scored = work.request.num_prompt_logprobs is not None and not work.is_forked
+            num_hit = 0 if is_scored else host.pages.match(row)
+            if work.num_cached is None:
+                work.num_cached = num_hit
+
+    @staticmethod
+    def _num_choices(row: LanguageRow) -> int:
+        return 1 if row.work.is_forked else row.work.request.num_choices
+
+    def _parts(
+        self,
+        host: LanguageHost,
+        rows: Sequence[LanguageRow],
+        num_tokens: Sequence[int],
+        growth: Growth,
+    ) -> list[Part]:
+        """Give every row the pages that it writes. Where there are none, whoever came last gives way."""
+        parts: list[Part] = []
+        for row, count in zip(rows, num_tokens, strict=True):
+            if count and row.is_admitted and self._grow(host, row, count, growth):
+                parts.append(Part(row=row, start=row.num_computed, num_tokens=count))
+        return [part for part in parts if part.row.is_admitted]
+
+    def _grow(self, host: LanguageHost, row: LanguageRow, count: int, growth: Growth) -> bool:
+        while True:
+            try:
+                host.pages.grow(row, row.num_computed + count, growth)
+                return True
+            except OutOfPagesError as error:
+                holders = self._holders()
+                last = max(holders, key=lambda work: work.arrival)
+                if holders == {row.work}:  # nobody else can give any
+                    self.starved.append((row.work, error))
+                    self._release(row.work)
+                    return False
+                self._preempt(last)
+                if last is row.work:
+                    return False
+
+    def _holders(self) -> set[LanguageWork]:
+        """Requests that may hold pages, of all models."""
+        return {row.work for host in self._hosts.values() for row in host.admitted}
+
+    def _preempt(self, work: LanguageWork) -> None:
+        """Its pages go; its rows wait again, with all that they know."""
+        self.num_preemptions += 1
+        logger.info("request %s gives its pages back and waits", work.request_id)
+        self._release(work)
+
+    def _release(self, work: LanguageWork) -> None:
+        for row in work.rows:
+            self._hosts[work.request.model].release(row)
+
+
+def _makes_prefix_of(row: LanguageRow, other: LanguageRow, unit: int) -> bool:
+    """Is `other` computing a page that `row` would match once it is there?"""
+    if other.work.request.tenant != row.work.request.tenant or other.num_left <= 1:
+        return False
+    end = (other.num_computed // unit + 1) * unit
+    return len(row.tokens) > end <= len(other.tokens) and row.tokens[:end] == other.tokens[:end]

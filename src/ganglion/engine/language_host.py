@@ -1,0 +1,96 @@
+"""One model in the language engine: the rows that ask for it, its batch under way, what its layers cost. Pure state.
+
+Owned by `engine.language`; batches are made for it by `engine.language_batch`.
+"""
+
+from dataclasses import dataclass, field
+
+from ganglion.engine.language_forward import Forward, Stage
+from ganglion.engine.language_pages import GroupShape, LanguagePages
+from ganglion.engine.language_work import LanguageRow
+from ganglion.engine.sampler import Sampler
+from ganglion.memory.arena import Arena
+from ganglion.memory.ledger import Ledger
+from ganglion.models.language import LanguageModel
+from ganglion.plan.cost import CostModel
+
+LAYERS, HEAD = "layers", "head"  # stages of the cost model: rows are tokens, units are layers
+
+
+@dataclass(slots=True, kw_only=True)
+class LanguageHost:
+    """`rows` are in the order in which their requests came, choices of one request side by side."""
+
+    name: str
+    model: LanguageModel
+    pages: LanguagePages
+    sampler: Sampler
+    cost: CostModel
+    rows: list[LanguageRow] = field(default_factory=list)
+    suspects: list[LanguageRow] = field(default_factory=list)  # of a batch that failed: run alone
+    forward: Forward | None = None
+    stage: Stage | None = None
+
+    @property
+    def admitted(self) -> list[LanguageRow]:
+        """Rows that may hold pages."""
+        return [row for row in self.rows if row.is_admitted]
+
+    @property
+    def staged(self) -> list[LanguageRow]:
+        """Rows between two groups of layers."""
+        return [] if self.stage is None else [part.row for part in self.stage.strand.parts]
+
+    def release(self, row: LanguageRow) -> None:
+        """Its pages are back, and it is in no batch any more."""
+        if not row.is_admitted:
+            return
+        self.pages.release(row)
+        row.is_admitted = False
+        if row in self.suspects:
+            self.suspects.remove(row)
+        if self.forward is not None and self.forward.lead is not None:
+            self.forward.lead.drop(row)
+        if self.stage is not None:
+            self.stage.strand.drop(row)
+
+    def abandon(self) -> list[LanguageRow]:
+        """Forget the batch under way and what is between two groups of layers; returns the rows of both."""
+        forward, stage = self.forward, self.stage
+        self.forward = self.stage = None
+        strands = [] if forward is None or forward.lead is None else [forward.lead]
+        strands += [] if stage is None else [stage.strand]
+        return [part.row for strand in strands for part in strand.parts]
+
+    def estimate_us(self, stage: str, num_tokens: int, num_layers: int = 1) -> int:
+        """What so many tokens will take."""
+        return self.cost.estimate_us(
+            self.name, stage, num_rows=max(1, num_tokens), num_units=num_layers
+        )
+
+    def observe(self, stage: str, num_tokens: int, num_layers: int, run_us: float) -> None:
+        """So many tokens took `run_us`."""
+        self.cost.observe(
+            self.name, stage, num_rows=num_tokens, num_units=num_layers, run_us=run_us
+        )
+
+
+def open_host(
+    name: str, model: LanguageModel, ledger: Ledger, arena: Arena, cost: CostModel
+) -> LanguageHost:
+    """A host without rows. The pool must have the layouts of the model's groups."""
+    shapes = [
+        GroupShape(
+            layout=group.layout,
+            window=group.window,
+            pages_per_large=arena.pages(group.layout.name).shape[1],
+        )
+        for group in model.groups
+    ]
+    return LanguageHost(
+        name=name,
+        model=model,
+        pages=LanguagePages(name, shapes, ledger),
+        sampler=Sampler(model.spec),
+        cost=cost,
+    )
