@@ -365,3 +365,28 @@ def test_bad_folders_are_refused_by_name(case: str, folder: Path) -> None:
     change(folder)
     with pytest.raises(CheckpointError, match=match):
         load(folder)
+
+
+@pytest.mark.skipif(
+    bool(why_not_packed(torch.bfloat16)), reason="this CPU lays out no bfloat16 weights"
+)
+@pytest.mark.parametrize("config", [LLAMA, MOE, DEEPSEEK], ids=lambda config: config["model_type"])
+def test_packed_rows_have_the_same_bits_in_any_batch(config: dict[str, Any]) -> None:
+    """What a request gets does not depend on who else is there, nor on how its prompt was cut."""
+    model = random_language(config, dtype=torch.bfloat16, name="m")
+    tokens = torch.arange(16) * 5 % 61
+    layers = range(3)
+
+    def outputs(num_rows: int) -> Tensor:
+        parts = []
+        for some in torch.split(tokens, num_rows):
+            kv = DenseKv(model.groups, num_rows=len(some), max_tokens=1)
+            kv.extend([1] * len(some))
+            positions = torch.zeros(len(some), dtype=torch.int64)
+            parts.append(model.logits(model.run(model.embed(some), positions, kv, layers)))
+        return torch.cat(parts)
+
+    with torch.inference_mode():
+        alone = outputs(1)
+        for num_rows in (2, 3, 8, 16):
+            assert torch.equal(outputs(num_rows), alone), f"{num_rows} rows"
