@@ -44,6 +44,7 @@ class EngineConfig:
     num_step_records: int = 240  # kept for the timeline
     language_slice_us: int = 10_000  # of a language model's step while robots are connected
     language_share: float = 0.5  # of the time, at most, that language models take from robots' work
+    language_floor: float = 0.05  # of the time, that they take even where robots are late
     language_threads: int = 0  # 0 = auto
 
 
@@ -137,6 +138,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "engine.num_step_records": (1, 100_000),
     "engine.language_slice_us": (100, 10_000_000),
     "engine.language_share": (0, 0.95),
+    "engine.language_floor": (0, 0.95),
     "engine.language_threads": (0, 1024),
     "pipeline.degree": (0, 16),
     "pipeline.max_degree": (1, 16),

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from ganglion.pipeline.turns import Turns
 
 
-def make(share: float = 0.5) -> Turns:
-    return Turns(step_us=20_000, slice_us=5_000, share=share)
+def make(share: float = 0.5, floor: float = 0.0) -> Turns:
+    return Turns(step_us=20_000, slice_us=5_000, share=share, floor=floor)
 
 
 def test_without_robots_the_whole_budget() -> None:
@@ -38,6 +38,16 @@ def test_a_turn_that_took_long_is_expected_to_take_long() -> None:
     for _ in range(20):
         turns.observe_turn(4_000, budget_us=5_000, has_robot_work=False)
     assert turns.turn_us < 5_000
+
+
+def test_late_robots_leave_a_floor() -> None:
+    turns = make(floor=0.1)
+    turns.observe_robots(40_000)
+    assert turns.budget_us(has_robots=True, slack_us=-1) is None
+    turns.observe_robots(6_000)
+    assert turns.budget_us(has_robots=True, slack_us=-1) == 5_000
+    turns.observe_turn(5_000, budget_us=5_000, has_robot_work=True)
+    assert turns.budget_us(has_robots=True, slack_us=-1) is None
 
 
 def test_no_share_is_no_turn_while_robots_have_work() -> None:

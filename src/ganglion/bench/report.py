@@ -26,6 +26,7 @@ BENCHES: dict[str, str] = {
     "prefill": "ganglion.bench.prefill:run",
     "prefix": "ganglion.bench.prefix:run",
     "concurrency": "ganglion.bench.concurrency:run",
+    "mixed": "ganglion.bench.mixed:run",
 }
 TITLES: dict[str, str] = {
     "control": "Four simulated arms, closed loop in real time",
@@ -45,6 +46,7 @@ TITLES: dict[str, str] = {
     "prefill": "Prompt tokens of language models, against other engines",
     "prefix": "The first token behind a prefix that is in pages",
     "concurrency": "Sequences under way at equal bytes",
+    "mixed": "Robots beside a stream of long prompts",
 }
 
 
@@ -338,6 +340,21 @@ CLAIMS: tuple[Claim, ...] = (
         bar=3.0,
         is_lower_better=False,
         unit="x",
+    ),
+    Claim(
+        bench="mixed",
+        metric="robot_miss_rate",
+        text="robots' observations without a chunk in time (100 ms), two arms at 20 Hz beside prompts of 2,000 tokens",
+        bar=0.01,
+        is_lower_better=True,
+        baseline="robot_miss_rate_unsliced",
+    ),
+    Claim(
+        bench="mixed",
+        metric="planner_kept_share",
+        text="of the planner's tokens/s alone, kept beside those robots",
+        bar=0.5,
+        is_lower_better=False,
     ),
 )
 

@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "explain", False):
             print(resolve(args).explain())
             return 0
-        if command.name in SERVING:
+        if command.name in SERVING or getattr(args, "what", None) == "mixed":
             # Threads that wait for each other's part of a forward must sleep: where they share cores with robots, those
             # that spin take the time of those that they wait for (measured: 30 times slower). Read when torch is loaded.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

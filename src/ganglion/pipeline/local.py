@@ -118,6 +118,7 @@ class LocalService:
             step_us=engine.step_budget_us,
             slice_us=engine.language_slice_us,
             share=engine.language_share,
+            floor=engine.language_floor,
         )
         if languages:
             self._front = self._language_front(languages, chat or ChatConfig(), arena)

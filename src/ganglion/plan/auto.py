@@ -52,10 +52,9 @@ def _dtype(hardware: Hardware) -> Auto:
 
 def _language_threads(hardware: Hardware, *, has_policy: bool) -> Auto:
     num_cores = max(1, len(hardware.cores))
-    if not has_policy:
-        return Auto(value=num_cores, formula=f"{num_cores} cores, no policy beside")
-    half = max(1, num_cores // 2)
-    return Auto(value=half, formula=f"{num_cores} cores // 2, the rest for robots and sockets")
+    if not has_policy or num_cores <= 2:
+        return Auto(value=num_cores, formula=f"{num_cores} cores; robots' steps come in between")
+    return Auto(value=num_cores - 1, formula=f"{num_cores} cores - 1 for sockets")
 
 
 def _arena(hardware: Hardware, largest_bytes: int) -> Auto:
