@@ -109,6 +109,10 @@ class _GroupPlan:
         self._large, self._within = self._split(self._tensor(np.concatenate(ids)))
         self._slot = self._tensor(np.concatenate(slots))
         self.singles = [self._together(bucket) for bucket in _buckets(singles)]
+        read = [singles.pages for singles in self.singles]
+        read += [run.pages for run in self.runs if run.mask is not None]
+        self._max_read = max((len(pages) for pages in read), default=0)
+        self._scratch: dict[int, Tensor] = {}
 
     def write(self, layer_at: int, key: Tensor, value: Tensor | None) -> None:
         """Put every token where it belongs."""
@@ -119,7 +123,7 @@ class _GroupPlan:
             of_layer[:, :, 1][place] = value.to(self.dtype)
 
     def read(self, layer_at: int, ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [row, key, kv, dim] of these pages."""
+        """Keys and values [row, key, kv, dim] of these pages, until the next call."""
         keys = self._gather(layer_at, 0, ids, num_rows)
         if self.value_dim is not None:
             return keys, keys[..., : self.value_dim]
@@ -130,7 +134,14 @@ class _GroupPlan:
             large, within = self._split(ids)
             out = self._pages[:, :, layer_at, half][large, within]
         else:
-            out = self._flat[:, layer_at, half].index_select(0, ids)
+            # one buffer for all layers: fresh ones of this size come from the system, page fault by page fault
+            of_half = self._flat[:, layer_at, half]
+            scratch = self._scratch.get(half)
+            if scratch is None:
+                scratch = of_half.new_empty((self._max_read, *of_half.shape[1:]))
+                self._scratch[half] = scratch
+            out = scratch[: len(ids)]
+            torch.index_select(of_half, 0, ids, out=out)
         return out.view(num_rows, -1, *out.shape[2:])
 
     def _split(self, ids: Tensor) -> tuple[Tensor, Tensor]:

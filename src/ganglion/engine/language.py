@@ -177,6 +177,8 @@ class LanguageEngine:
         for host in self._hosts.values():
             for row in host.admitted:
                 host.pages.relocate(row, moves)
+            if host.forward is not None:
+                host.forward.forget_pages()
 
     def close(self) -> None:
         """Drop all requests; the ledger may go on without this engine."""
@@ -252,7 +254,7 @@ class LanguageEngine:
         has_run = False
         now_s = start_s
         while not forward.is_done:
-            num_tokens = max(1, forward.num_tokens)
+            num_tokens = forward.num_tokens
             layer_us = host.estimate_us(LAYERS, num_tokens)
             left_us = budget_us - (now_s - start_s) * 1e6
             if has_run and left_us < layer_us:
@@ -263,7 +265,8 @@ class LanguageEngine:
             began_s = self._clock.now_s()
             forward.run(num_layers)
             now_s, has_run = self._clock.now_s(), True
-            host.observe(LAYERS, num_tokens, num_layers, (now_s - began_s) * 1e6)
+            if num_tokens:  # all may have been cancelled
+                host.observe(LAYERS, num_tokens, num_layers, (now_s - began_s) * 1e6)
         left_us = budget_us - (now_s - start_s) * 1e6
         if not has_run or left_us >= host.estimate_us(HEAD, forward.num_tokens):
             self._commit(host, forward)

@@ -76,6 +76,7 @@ class Forward:
         self._staged = range(0) if stage is None else stage.groups[stage.next_group]
         self.next_layer = 0 if lead is not None else self._staged.start
         self._last = self._num_layers if lead is not None else self._staged.stop
+        self._kv: tuple[list[Part], PagedKv] | None = None  # of the slice before
 
     @property
     def is_done(self) -> bool:
@@ -109,12 +110,21 @@ class Forward:
         if self._is_deterministic:
             hidden = self._run_singly(hidden, positions, parts, layers)
         elif parts:
-            kv = PagedKv(self._arena, self._model.groups, [_kv_row(part) for part in parts])
-            hidden = self._model.run(hidden, positions, kv, layers)
+            hidden = self._model.run(hidden, positions, self._paged(parts), layers)
         sizes = [strand.num_tokens for strand in strands]
         for strand, of_strand in zip(strands, torch.split(hidden, sizes), strict=True):
             strand.hidden = of_strand
         self.next_layer = layers.stop
+
+    def forget_pages(self) -> None:
+        """Pages moved: the rows' tables say where they are now."""
+        self._kv = None
+
+    def _paged(self, parts: list[Part]) -> PagedKv:
+        if self._kv is None or self._kv[0] != parts:
+            rows = [_kv_row(part) for part in parts]
+            self._kv = (parts, PagedKv(self._arena, self._model.groups, rows))
+        return self._kv[1]
 
     def _run_singly(
         self, hidden: Tensor, positions: Tensor, parts: Sequence[Part], layers: range
