@@ -7,8 +7,10 @@ import pytest
 from ganglion.engine.grammar import GrammarCompiler
 from ganglion.errors import FieldError
 from ganglion.generation import Grammar
+from ganglion.serve.openai.chat import choose_grammar
 from ganglion.serve.openai.fields import Fields
 from ganglion.serve.openai.grammar import read_format, read_structure
+from ganglion.serve.openai.tool_text import CallBegun, CallGrown, Content
 from ganglion.serve.openai.tools import CHAT_SHAPE, read_tools
 
 END = 256
@@ -127,6 +129,42 @@ def test_formats(compiler, fields, good, bad):
     grammar = read_format(read) or read_structure(read)
     assert fits(compiler, grammar, good)
     assert not fits(compiler, grammar, bad)
+
+
+@pytest.mark.parametrize("is_parallel", [True, False])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "mistral"])
+def test_an_answer_of_a_format_or_calls(compiler, family, is_parallel):
+    """Whatever is written is either, and the family's parser tells which."""
+    schema = {"$ref": "#/$defs/Point", "$defs": {"Point": POINT}}
+    body = {
+        "tools": TOOLS,
+        "parallel_tool_calls": is_parallel,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": schema}},
+    }
+    fields = Fields(body)
+    tools = read_tools(fields, CHAT_SHAPE, family)
+    grammar = choose_grammar(fields, tools, read_format(fields))
+    if family == "qwen3":
+        text = f"<tool_call>\n{json.dumps(MOVE)}\n</tool_call>"
+        several = f"{text}\n<tool_call>{json.dumps(STOP)}</tool_call>"
+    elif family == "llama":
+        text = json.dumps({"name": "move_arm", "parameters": MOVE["arguments"]})
+        several = None
+    else:
+        text, several = json.dumps([MOVE]), json.dumps([MOVE, STOP])
+    assert fits(compiler, grammar, '{"x": 3}')
+    assert fits(compiler, grammar, text)
+    assert not fits(compiler, grammar, '{"y": 3}')
+    assert not fits(compiler, grammar, "hello")
+    parser = tools.parser()
+    begun, grown = parser.feed(text) + parser.end()
+    assert begun == CallBegun("move_arm")
+    assert isinstance(grown, CallGrown)
+    assert json.loads(grown.arguments) == MOVE["arguments"]
+    parser = tools.parser()
+    assert parser.feed('{"x": 3}') + parser.end() == [Content('{"x": 3}')]
+    if several is not None and is_parallel:
+        assert fits(compiler, grammar, several)
 
 
 def test_a_schema_that_cannot_be_matched_is_refused(compiler):

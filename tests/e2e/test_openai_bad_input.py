@@ -199,7 +199,7 @@ def test_a_field_that_does_not_fit_is_named(server, language, fields, param):
         ({"guided_json": {"type": "object"}}, "guided_json"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages[0].content[0].type"),
-        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "tools"),
+        ({"tools": [TOOL], "structured_outputs": {"regex": "a+"}}, "structured_outputs"),
     ],
 )  # fmt: skip
 def test_what_is_known_and_not_served_is_refused_by_name(server, fields, param):

@@ -258,6 +258,24 @@ def test_a_model_calls_by_itself_and_reads_the_result(client, language):
     assert message.tool_calls[0].id in prompt
 
 
+def test_a_format_beside_tools_gives_either(client, language):
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    call = json.dumps({"name": "stop", "arguments": {}})
+    messages, finishes = [], []
+    for text in ('{"ok": true}', f"<tool_call>{call}</tool_call>"):
+        language.say(text)
+        answer = client.chat.completions.create(
+            model="echo", messages=user("x"), tools=[STOP_TOOL], response_format=form
+        )
+        messages.append(answer.choices[0].message)
+        finishes.append(answer.choices[0].finish_reason)
+    assert language.received[-1].sampling.grammar.kind == "lark"
+    assert messages[0].content == '{"ok": true}'
+    assert messages[1].tool_calls[0].function.name == "stop"
+    assert finishes == ["stop", "tool_calls"]
+
+
 def test_no_tool_is_shown_where_none_may_be_called(client, language):
     client.chat.completions.create(
         model="echo", messages=user("x"), tools=[TOOL], tool_choice="none"

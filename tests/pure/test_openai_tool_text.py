@@ -15,7 +15,7 @@ from ganglion.serve.openai.tool_text import (
     PlainText,
     TaggedCalls,
     ValueScanner,
-    parser_for,
+    dialect_of,
 )
 
 NAMES = ["move_arm", "stop"]
@@ -151,6 +151,6 @@ def test_lists_that_are_no_calls_stream_too():
 
 
 def test_families():
-    assert isinstance(parser_for("llama")(NAMES), LeadingCalls)
-    assert isinstance(parser_for("qwen3_moe")(NAMES), TaggedCalls)
-    assert isinstance(parser_for("something new")(NAMES), TaggedCalls)
+    assert isinstance(dialect_of("llama").parser(NAMES), LeadingCalls)
+    assert isinstance(dialect_of("qwen3_moe").parser(NAMES), TaggedCalls)
+    assert isinstance(dialect_of("something new").parser(NAMES), TaggedCalls)

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ganglion.errors import UnsupportedFieldError
-from ganglion.generation import FinishReason, GenerateRequest, Grammar, TextDelta, Usage
+from ganglion.generation import (
+    FinishReason,
+    GenerateRequest,
+    Grammar,
+    GrammarKind,
+    TextDelta,
+    Usage,
+)
 from ganglion.serve.openai.answer import Prepared, StreamOptions, sum_usage, usage_body
 from ganglion.serve.openai.catalog import Catalog, Chosen
 from ganglion.serve.openai.fields import Fields
@@ -88,18 +95,22 @@ class ChatReader:
 
 
 def choose_grammar(fields: Fields, tools: ToolPlan, form: Grammar | None) -> Grammar | None:
-    """At most one grammar may bind: of forced calls, of the format, or of `structured_outputs`."""
+    """What binds: forced calls, or the format of the answer (here also vLLM's `structured_outputs`), or either."""
     structure = read_structure(fields)
     if structure is not None and form is not None:
         raise fields.wrong("structured_outputs", "nothing beside a format of the answer")
     form = form or structure
-    if form is not None and tools.shown:
+    if form is None or tools.grammar is not None:  # forced calls leave no content to be formatted
+        return tools.grammar
+    if tools.beside is None:
+        return form
+    if form.kind is not GrammarKind.JSON_SCHEMA:
         raise UnsupportedFieldError(
-            fields.at("tools"),
-            why="an answer of a given format cannot be a call as well",
-            next_step="leave the format out, or set tool_choice to 'none'",
+            fields.at("structured_outputs"),
+            why="beside tools that may be called, an answer can be bound to JSON only",
+            next_step="give a JSON Schema, or set tool_choice to 'none'",
         )
-    return form or tools.grammar
+    return tools.beside(form)
 
 
 class ChatAnswer:

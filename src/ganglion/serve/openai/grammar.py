@@ -11,6 +11,7 @@ from typing import Any
 from ganglion.errors import FieldError
 from ganglion.generation import Grammar, GrammarKind
 from ganglion.serve.openai.fields import Fields
+from ganglion.serve.openai.tool_text import CLOSE_TAG, OPEN_TAG, CallStyle
 from ganglion.wire import describe
 
 MAX_GRAMMAR_LENGTH = 65_536  # characters
@@ -18,6 +19,14 @@ MAX_ALTERNATIVES = 256
 MAX_CALLS = 32
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")  # of a schema or a tool
 ANY_OBJECT = Grammar(kind=GrammarKind.JSON_SCHEMA, text="{}")
+BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"  # a model that is unsure may write blanks for ever
+TAGGED_CALLS = """start: answer | calls
+answer: %json {answer}
+calls: call{many}
+call: {open} BLANKS? one BLANKS? {close} BLANKS?
+one: %json {call}
+BLANKS: /{blanks}/
+"""
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -81,29 +90,56 @@ def schema_grammar(schema: object, path: str) -> Grammar:
         raise FieldError(path, expected="a JSON Schema: an object", got=describe(schema))
     if not schema:
         return ANY_OBJECT
-    return _bounded(GrammarKind.JSON_SCHEMA, json.dumps(schema, ensure_ascii=False), path)
+    return _bounded(GrammarKind.JSON_SCHEMA, _json(schema), path)
 
 
-def calls_grammar(tools: Sequence[tuple[str, Mapping[str, Any]]], *, is_list: bool) -> Grammar:
-    """One call, or a list of at least one, of tools (name, schema of its arguments), as `{"name", "arguments"}`."""
-    place = "#/items/anyOf" if is_list else "#/anyOf"
+Pairs = Sequence[tuple[str, Mapping[str, Any]]]  # (name, schema of the arguments) of tools
+
+
+def calls_grammar(tools: Pairs, *, is_list: bool) -> Grammar:
+    """One call, or a list of at least one, as `{"name", "arguments"}`."""
+    schema = _list_schema(tools, "#") if is_list else _one_schema(tools, "#")
+    return _bounded(GrammarKind.JSON_SCHEMA, _json(schema), "tools")
+
+
+def answer_or_calls(form: Grammar, tools: Pairs, style: CallStyle, *, is_parallel: bool) -> Grammar:
+    """An answer of a format, or calls as the model's family writes them. `form` is a JSON Schema."""
+    answer = json.loads(form.text) or {"type": "object"}
+    if style is CallStyle.TAGGED:
+        blanks = {"x-guidance": {"whitespace_pattern": BLANKS}}
+        text = TAGGED_CALLS.format(
+            answer=_json(answer | blanks), call=_json(_one_schema(tools, "#") | blanks),
+            open=_json(OPEN_TAG), close=_json(CLOSE_TAG), many="+" if is_parallel else "", blanks=BLANKS,
+        )  # fmt: skip
+        return _bounded(GrammarKind.LARK, text, "tools")
+    if style is CallStyle.LIST:
+        calls = _list_schema(tools, "#/anyOf/1")
+    else:
+        calls = _one_schema(tools, "#/anyOf/1", arguments="parameters")
+    whole = {"anyOf": [_moved(answer, "#/anyOf/0"), calls]}
+    return _bounded(GrammarKind.JSON_SCHEMA, _json(whole), "tools")
+
+
+def _list_schema(tools: Pairs, place: str) -> dict[str, Any]:
+    one = _one_schema(tools, f"{place}/items")
+    return {"type": "array", "minItems": 1, "maxItems": MAX_CALLS, "items": one}
+
+
+def _one_schema(tools: Pairs, place: str, *, arguments: str = "arguments") -> dict[str, Any]:
+    """A call of any of the tools; the schema itself stands at `place`."""
     calls = [
         {
             "type": "object",
             "properties": {
                 "name": {"const": name},
-                "arguments": _moved(schema, f"{place}/{index}/properties/arguments"),
+                arguments: _moved(schema, f"{place}/anyOf/{index}/properties/{arguments}"),
             },
-            "required": ["name", "arguments"],
+            "required": ["name", arguments],
             "additionalProperties": False,
         }
         for index, (name, schema) in enumerate(tools)
     ]
-    one: dict[str, Any] = {"anyOf": calls}
-    whole = (
-        {"type": "array", "minItems": 1, "maxItems": MAX_CALLS, "items": one} if is_list else one
-    )
-    return _bounded(GrammarKind.JSON_SCHEMA, json.dumps(whole, ensure_ascii=False), "tools")
+    return {"anyOf": calls}
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -116,6 +152,10 @@ def _moved(schema: Any, place: str) -> Any:
             for key, value in schema.items()
         }
     return [_moved(item, place) for item in schema] if isinstance(schema, list) else schema
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _parsed(value: object, path: str) -> object:

@@ -9,7 +9,10 @@ import json
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
+
+OPEN_TAG, CLOSE_TAG = "<tool_call>", "</tool_call>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,7 @@ class ForcedCalls:
 class TaggedCalls:
     """Hermes and Qwen: content, and calls as JSON between `<tool_call>` and `</tool_call>`."""
 
-    _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+    _OPEN, _CLOSE = OPEN_TAG, CLOSE_TAG
 
     def __init__(self, names: Collection[str]) -> None:
         self._held, self._blank = "", ""  # `_blank`: whitespace, which a call would swallow
@@ -292,23 +295,33 @@ def _overlap(text: str, tag: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(tag[:n])), 0)
 
 
-def _python_tag(names: Collection[str]) -> TextParser:
-    return LeadingCalls(names, "<|python_tag|>")
+class CallStyle(StrEnum):
+    """How a family's calls look, for who writes a grammar of them."""
+
+    TAGGED = "tagged"  # <tool_call>{"name", "arguments"}</tool_call>, one after the other
+    OBJECT = "object"  # {"name", "parameters"}
+    LIST = "list"  # [{"name", "arguments"}, ...]
 
 
-def _tool_calls(names: Collection[str]) -> TextParser:
-    return LeadingCalls(names, "[TOOL_CALLS]")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """How a family writes calls by itself, and who reads them; `parser` is given the names of the tools."""
+
+    style: CallStyle
+    parser: Callable[[Collection[str]], TextParser]
 
 
-# How a family writes calls by itself; all others as Hermes does, which most templates follow.
-PARSERS: dict[str, Callable[[Collection[str]], TextParser]] = {
-    "llama": _python_tag,
-    "mistral": _tool_calls,
-    "mixtral": _tool_calls,
-    "ministral": _tool_calls,
+HERMES = Dialect(style=CallStyle.TAGGED, parser=TaggedCalls)
+LLAMA = Dialect(style=CallStyle.OBJECT, parser=lambda names: LeadingCalls(names, "<|python_tag|>"))
+MISTRAL = Dialect(style=CallStyle.LIST, parser=lambda names: LeadingCalls(names, "[TOOL_CALLS]"))
+DIALECTS: dict[str, Dialect] = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mixtral": MISTRAL,
+    "ministral": MISTRAL,
 }
 
 
-def parser_for(family: str) -> Callable[[Collection[str]], TextParser]:
-    """The parser of a family's own calls."""
-    return PARSERS.get(family, TaggedCalls)
+def dialect_of(family: str) -> Dialect:
+    """A family's own way; Hermes' where it is not known, which most templates follow."""
+    return DIALECTS.get(family, HERMES)

@@ -11,13 +11,19 @@ from typing import Any
 from ganglion.errors import FieldError, UnsupportedFieldError
 from ganglion.generation import Grammar
 from ganglion.serve.openai.fields import Fields
-from ganglion.serve.openai.grammar import NAME, NO_ARGUMENTS, calls_grammar, schema_grammar
+from ganglion.serve.openai.grammar import (
+    NAME,
+    NO_ARGUMENTS,
+    answer_or_calls,
+    calls_grammar,
+    schema_grammar,
+)
 from ganglion.serve.openai.tool_text import (
     ForcedCalls,
     NamedCall,
     PlainText,
     TextParser,
-    parser_for,
+    dialect_of,
 )
 
 MAX_TOOLS = 128
@@ -41,6 +47,7 @@ class ToolPlan:
     grammar: Grammar | None
     parser: Callable[[], TextParser]
     max_calls: int | None  # of one choice; None: any number
+    beside: Callable[[Grammar], Grammar] | None = None  # "auto": the format of an answer, or calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +80,18 @@ def read_tools(fields: Fields, shape: ToolShape, family: str) -> ToolPlan:
     if mode == "none" or not tools:
         return ToolPlan(shown=(), grammar=None, parser=PlainText, max_calls=0)
     shown = tuple(tool.body for tool in tools)
+    pairs = [(tool.name, tool.schema) for tool in tools]
     if mode == "auto":
-        known = [tool.name for tool in tools]
-        make = parser_for(family)
-        max_calls = None if is_parallel else 1
-        return ToolPlan(shown=shown, grammar=None, parser=lambda: make(known), max_calls=max_calls)
+        dialect = dialect_of(family)
+        return ToolPlan(
+            shown=shown,
+            grammar=None,
+            parser=lambda: dialect.parser([name for name, _ in pairs]),
+            max_calls=None if is_parallel else 1,
+            beside=lambda form: answer_or_calls(
+                form, pairs, dialect.style, is_parallel=is_parallel
+            ),
+        )
     if mode == "named":
         tool = tools[0]
         return ToolPlan(
@@ -86,7 +100,6 @@ def read_tools(fields: Fields, shape: ToolShape, family: str) -> ToolPlan:
             parser=lambda: NamedCall(tool.name),
             max_calls=1,
         )
-    pairs = [(tool.name, tool.schema) for tool in tools]
     grammar = calls_grammar(pairs, is_list=is_parallel)
     return ToolPlan(shown=shown, grammar=grammar, parser=ForcedCalls, max_calls=None)
 
