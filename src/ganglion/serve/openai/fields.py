@@ -104,7 +104,7 @@ class Fields:
     def refuse(self, reasons: Mapping[str, str]) -> None:
         """Raises UnsupportedFieldError for a field that we know but do not serve. What changes nothing may stay."""
         for name, why in reasons.items():
-            if self.raw(name) not in (None, False, [], {}):
+            if self.raw(name) not in (None, False, "", [], {}):
                 raise UnsupportedFieldError(self.at(name), why=why, next_step=f"leave {name} out")
 
     def unknown(self) -> set[str]:
