@@ -59,6 +59,12 @@ def test_concurrency_in_short() -> None:
     assert result.metrics["mean_length_share"] == pytest.approx(0.3, abs=0.1)
 
 
+def test_long_sequences_weigh_more_than_their_number() -> None:
+    same, mixed = np.full(100, 300), np.repeat([20, 580], 50)
+    assert concurrency.mean_held(same) == pytest.approx(0.85 * 300)
+    assert concurrency.mean_held(mixed) > 1.8 * concurrency.mean_held(same)
+
+
 def test_models_are_made_once(tmp_path: Path) -> None:
     first = shape_folder(TOY_DENSE, seed=0)
     stamp = (first / "model.safetensors").stat().st_mtime_ns
