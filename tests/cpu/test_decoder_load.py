@@ -152,6 +152,21 @@ def test_weights_of_the_right_dtype_are_not_copied(source: Path) -> None:
     assert any(int(low, 16) <= start < int(high, 16) for low, high in ours)
 
 
+def test_a_tied_head_is_packed_and_the_table_stays(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    rounded = {name: value.bfloat16() for name, value in weights.items()}
+    save_file(rounded, folder / "model.safetensors")
+    untied = [load(folder, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    (folder / "config.json").write_text(json.dumps({**LLAMA, "tie_word_embeddings": True}))
+    for dtype, want in zip((torch.bfloat16, torch.float32), untied, strict=True):
+        tied = load(folder, dtype)
+        assert torch.equal(scores(tied), scores(want))
+        assert isinstance(tied, Decoder)
+        if dtype == torch.float32:
+            assert tied.head.weight is tied.embedding.weight
+
+
 def test_progress_ends_at_all_bytes(source: Path) -> None:
     seen: list[tuple[int, int]] = []
     load_language(
@@ -314,6 +329,14 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "huge size": (
         _config(vocab_size=10**12),
         "vocab_size: expected 1..16777216, got 1000000000000",
+    ),
+    "too many layers": (
+        _config(num_hidden_layers=10**6),
+        "num_hidden_layers: expected 1..4096, got 1000000",
+    ),
+    "too many experts": (
+        _config(model_type="mixtral", num_local_experts=10**6),
+        "num_local_experts: expected 1..4096, got 1000000",
     ),
     "negative size": (_config(num_hidden_layers=-1), "num_hidden_layers: expected 1"),
     "text for a size": (

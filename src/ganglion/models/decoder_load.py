@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ganglion.errors import CheckpointError
+from ganglion.kernels.cpu import PackedLinear
 from ganglion.models.decoder import Decoder
 from ganglion.models.decoder_spec import DecoderSpec, read_decoder_spec
 from ganglion.models.decoder_targets import Target, decoder_targets
@@ -27,7 +28,7 @@ from ganglion.models.moe_load import Part, moe_parts
 from ganglion.models.weights import read_header
 
 _MAX_JSON_BYTES = 64 << 20
-_MAX_MAPPED_BYTES = 256 << 20
+_MAX_MAPPED_BYTES = 128 << 20
 _NUM_RANDOM = 4_194_301  # prime: no two rows of a weight are equal
 _HASHED_BYTES = 1 << 16  # of the head, the middle and the tail of a shard
 _INDEX = "model.safetensors.index.json"
@@ -197,6 +198,7 @@ class _Reader:
         self._places, self._on_progress = places, on_progress
         self._mapped: dict[Path, Any] = {}
         self._mapped_bytes = 0
+        self._left = set(places)
         self._loaded_bytes = 0
         self._total_bytes = sum(
             prod(headers[path][name][1]) * _ITEM_BYTES[headers[path][name][0]]
@@ -205,15 +207,20 @@ class _Reader:
 
     def read(self, name: str) -> Tensor:
         if self._mapped_bytes > _MAX_MAPPED_BYTES:
-            # what was read counts as this process's memory until nobody maps it any more
-            self._mapped, self._mapped_bytes = {}, 0
+            self.forget()
         path = self._places[name]
         if path not in self._mapped:
             self._mapped[path] = safe_open(path, framework="pt")
         tensor: Tensor = self._mapped[path].get_tensor(name)
         self._mapped_bytes += tensor.nbytes
-        self._loaded_bytes += tensor.nbytes
+        if name in self._left:
+            self._left.remove(name)
+            self._loaded_bytes += tensor.nbytes
         return tensor
+
+    def forget(self) -> None:
+        """Map files anew: what was read counts as this process's memory until nobody maps it any more."""
+        self._mapped, self._mapped_bytes = {}, 0
 
     def report(self) -> None:
         if self._on_progress is not None:
@@ -229,24 +236,31 @@ def _fill(
     """Layer by layer, each packed as soon as it is there, so that no more than one is in memory twice."""
     for part, names in groupby(targets, key=_part_of):
         for name in names:
-            owner, _, key = name.rpartition(".")
-            module, sources = model.get_submodule(owner), targets[name].sources
-            value = _joined(
-                [reader.read(source.name) for source in sources],
-                targets[name],
-                getattr(module, key).dtype,
-            )
-            setattr(module, key, nn.Parameter(value, requires_grad=False))
+            _set(model, name, targets[name], reader)
             reader.report()
+        if part == "embedding" and model.decoder_spec.is_tied:
+            model.tie()
+            model.pack(model)
+            if isinstance(model.head, PackedLinear):
+                # packing read the whole table; of a fresh view only rows that are asked for are read
+                reader.forget()
+                _set(model, "embedding.weight", targets["embedding.weight"], reader)
         if part.startswith("layers."):
             layer = int(part.removeprefix("layers."))
             if layer in experts:
                 _place_experts(model, layer, experts[layer], reader)
             model.pack(model.get_submodule(part))
-    model.tie()
     left = [name for name, value in model.named_parameters() if value.is_meta]
     assert not left, f"nothing fills {left}"
     model.pack(model)
+
+
+def _set(model: Decoder, name: str, target: Target, reader: _Reader) -> None:
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    parts = [reader.read(source.name) for source in target.sources]
+    value = _joined(parts, target, getattr(module, key).dtype)
+    setattr(module, key, nn.Parameter(value, requires_grad=False))
 
 
 def _part_of(name: str) -> str:

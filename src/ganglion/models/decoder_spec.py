@@ -13,10 +13,11 @@ from typing import Any
 
 from ganglion.errors import CheckpointError
 from ganglion.models.mla import MlaSpec, mla_spec
-from ganglion.models.moe_spec import ACTIVATIONS, Activation, MoeSpec, moe_spec
+from ganglion.models.moe_spec import ACTIVATIONS, NUM_EXPERTS, Activation, MoeSpec, moe_spec
 from ganglion.models.rotary import RopeKind, RopeSpec, yarn_amplitude
 
 _MAX_SIZE = 1 << 24  # above it a number in a config is damage, not a size
+_MAX_COUNT = 4096  # the same of layers, and of experts in one
 
 
 class QkNorm(StrEnum):
@@ -86,6 +87,9 @@ def read_decoder_spec(
     family = config.get("model_type")
     if family not in FAMILIES:
         raise _unsupported(source, config)
+    for key in NUM_EXPERTS:
+        if config.get(key) is not None:
+            reader.size(key, limit=_MAX_COUNT)
     quantised = config.get("quantization_config")
     is_packed_fp4 = isinstance(quantised, Mapping) and quantised.get("quant_method") == "mxfp4"
     if quantised is not None and not (family == "gpt_oss" and is_packed_fp4):
@@ -120,7 +124,8 @@ def _read_common(family: str, reader: "_Reader", eos_ids: tuple[int, ...]) -> De
         num_kv_heads=reader.size("num_key_value_heads", num_heads),
         head_dim=head_dim,
         mlp_width=reader.size("intermediate_size"),
-        layers=(LayerSpec(window=None, rope=rope),) * reader.size("num_hidden_layers"),
+        layers=(LayerSpec(window=None, rope=rope),)
+        * reader.size("num_hidden_layers", limit=_MAX_COUNT),
         max_tokens=max_tokens,
         norm_eps=reader.number("rms_norm_eps", 1e-6),
         activation=reader.activation("hidden_act", "silu"),
@@ -345,10 +350,10 @@ class _Reader:
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
         self.config, self.source = config, source
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, *, limit: int = _MAX_SIZE) -> int:
         value = self.integer(key, default)
-        if not 1 <= value <= _MAX_SIZE:
-            raise self._wrong(key, f"1..{_MAX_SIZE}", value)
+        if not 1 <= value <= limit:
+            raise self._wrong(key, f"1..{limit}", value)
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
