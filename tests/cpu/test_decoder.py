@@ -1,12 +1,14 @@
 """The decoder against transformers: the same folder, the same tokens, for every family and its switches."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ganglion.models.decoder_load import load_language
@@ -157,12 +159,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 CLASSES = {"Gemma3Text": "Gemma3ForCausalLM"}
 
 
-def saved(folder: Path, case: str, *, seed: int = 0) -> Any:
+def saved(folder: Path, case: str, **sizes: int) -> Any:
     """A transformers model with random weights, saved to `folder`."""
     family, changes = CASES[case]
-    config = getattr(transformers, f"{family}Config")(**{**BASE, **changes})
+    config = getattr(transformers, f"{family}Config")(**{**BASE, **changes, **sizes})
     config._attn_implementation = config._experts_implementation = "eager"
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = getattr(transformers, CLASSES.get(family, f"{family}ForCausalLM"))(config)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -219,3 +221,36 @@ def test_equal_to_transformers(case: str, tmp_path: Path) -> None:
 
 def dense(model: LanguageModel) -> DenseKv:
     return DenseKv(model.groups, num_rows=1, max_tokens=NUM_PROMPT + NUM_NEW)
+
+
+def test_gpt_oss_as_published_in_four_bits(tmp_path: Path) -> None:
+    """Experts as MXFP4 blocks and scales are the same model as those numbers written out."""
+    saved(tmp_path, "gpt-oss", hidden_size=96, intermediate_size=64)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    table = torch.cat([table, -table])
+    packed = dict(weights)
+    stacked = ("experts.gate_up_proj", "experts.down_proj")
+    for name in [name for name in weights if name.endswith(stacked)]:
+        num_experts, low, high = weights[name].shape
+        blocks = torch.randint(256, (num_experts, high, low // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(120, 124, (num_experts, high, low // 32), dtype=torch.uint8)
+        pairs = torch.stack([blocks & 15, blocks >> 4], dim=-1).int()
+        numbers = table[pairs].flatten(-2) * torch.exp2(scales.float() - 127)[..., None]
+        weights[name] = numbers.flatten(2).mT.contiguous()
+        del packed[name]
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    tokens = torch.arange(3, 20)
+    outs = []
+    config = json.loads((tmp_path / "config.json").read_text())
+    for tensors, extra in (
+        (weights, {}),
+        (packed, {"quantization_config": {"quant_method": "mxfp4"}}),
+    ):
+        save_file(tensors, path)
+        (tmp_path / "config.json").write_text(json.dumps({**config, **extra}))
+        model = load_language(tmp_path, dtype=torch.float32, name="m")
+        with torch.inference_mode():
+            outs.append(fed(model, dense(model), tokens))
+    assert torch.equal(*outs)
