@@ -19,6 +19,7 @@ from ganglion.models.language import KvGroup
 from ganglion.types import PageId
 
 MAX_PAD_RATIO = 1.5  # rows that ask together have at most so many times the pages of the shortest
+MAX_READ_BYTES = 2 << 20  # that they read in one layer: what a core's cache holds until it is asked
 MAX_PLAIN_TOKENS = 256  # of one call where scores are written out
 
 Array = npt.NDArray[Any]
@@ -108,7 +109,9 @@ class _GroupPlan:
             first += row.num_tokens
         self._large, self._within = self._split(self._tensor(np.concatenate(ids)))
         self._slot = self._tensor(np.concatenate(slots))
-        self.singles = [self._together(bucket) for bucket in _buckets(singles)]
+        layer_bytes = pages[0, 0, 0].numel() * pages.itemsize
+        max_pages = MAX_READ_BYTES // layer_bytes
+        self.singles = [self._together(bucket) for bucket in _buckets(singles, max_pages)]
         read = [singles.pages for singles in self.singles]
         read += [run.pages for run in self.runs if run.mask is not None]
         self._max_read = max((len(pages) for pages in read), default=0)
@@ -271,12 +274,15 @@ def blank(arena: Arena, layout_name: str, pages: Sequence[PageId]) -> None:
         of_layout[page // per_large, page % per_large].zero_()
 
 
-def _buckets(singles: Sequence[_Single]) -> list[list[_Single]]:
-    """Rows whose numbers of pages are alike, so that little is gathered in vain."""
+def _buckets(singles: Sequence[_Single], max_pages: int) -> list[list[_Single]]:
+    """Rows whose numbers of pages are alike, so that little is gathered in vain; few enough to stay in the cache."""
     buckets: list[list[_Single]] = []
     for single in sorted(singles, key=lambda single: len(single.pages)):
-        if buckets and len(single.pages) <= MAX_PAD_RATIO * len(buckets[-1][0].pages) + 1:
-            buckets[-1].append(single)
+        num_pages = len(single.pages)
+        last = buckets[-1] if buckets else []
+        is_alike = last and num_pages <= MAX_PAD_RATIO * len(last[0].pages) + 1
+        if is_alike and num_pages * (len(last) + 1) <= max_pages:
+            last.append(single)
         else:
             buckets.append([single])
     return buckets
