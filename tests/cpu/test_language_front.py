@@ -1,5 +1,6 @@
 """LanguageFront over the real engine and a small decoder: text, stop strings, cancelling, limits, no page left behind."""
 
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,9 @@ from ganglion.models.text_tokenizer import ByteTokenizer
 from ganglion.pipeline.language import LanguageFront, LanguageMessage
 from ganglion.pipeline.local import LocalService
 from ganglion.pipeline.served import ServedLanguage
-from ganglion.service import Generated
-from ganglion.types import RequestId
+from ganglion.service import Generated, Outcome
+from ganglion.types import ActionChunk, RequestId
+from tests.cpu.toy import Toy, observation
 from tests.language_folder import continuation, write_llama
 
 NAME = "tiny-llama"
@@ -274,3 +276,29 @@ def test_several_tokens_at_once_are_cut_where_the_stop_string_ends(served: Serve
     front.step(1)
     assert heard.wait() == usage
     assert not front.has_work
+
+
+def test_robots_take_pages_back_from_language_models(served: ServedLanguage, folder: Path) -> None:
+    """A pool that conversations fill: robots get their chunks, and the conversations are what they would have been."""
+    memory = MemoryConfig(arena_bytes=7 << 16, large_page_bytes=1 << 16, defrag_step_bytes=0)
+    prompts = [letter * 230 for letter in "abc"]
+    heard = [Heard() for _ in prompts]
+    outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    with LocalService(
+        Toy(), engine=EngineConfig(language_threads=1), memory=memory, languages=(served,)
+    ) as service:
+        front = front_of(service)
+        for prompt, each in zip(prompts, heard, strict=True):
+            front.generate(ask(prompt, max_tokens=60), each)
+        while not heard[0].items:  # the first answers: the pool is full of prompts
+            service.submit(observation("early", 0), outcomes.put)
+            outcomes.get(timeout=TIMEOUT_S)
+        for seq in range(1, 100):
+            service.submit(observation("arm", seq), outcomes.put)
+            outcome = outcomes.get(timeout=TIMEOUT_S)
+            assert isinstance(outcome, ActionChunk), outcome
+        for each in heard:
+            each.wait()
+    for prompt, each in zip(prompts, heard, strict=True):
+        ids = [token for delta in each.deltas() for token in delta.token_ids]
+        assert ids == continuation(folder, prompt, 60)
