@@ -250,9 +250,11 @@ class PagedKv:
             else:
                 read = plan.read(layer_at, run.pages, 1)
                 pair = (read[0][0, : run.num_keys], read[1][0, : run.num_keys])
-            asked = grouped[run.here].permute(1, 2, 0, 3)  # [kv, head of kv, token, dim]
+            # every head's numbers side by side, which pays from some hundred tokens on: [kv, head of kv, token, dim]
+            asked = grouped[run.here].permute(1, 2, 0, 3).contiguous()
             shape = (*asked.shape[:2], -1, -1)
-            keys, values = (part.to(dtype).transpose(0, 1)[:, None].expand(shape) for part in pair)
+            by_head = (part.to(dtype).transpose(0, 1).contiguous() for part in pair)
+            keys, values = (part[:, None].expand(shape) for part in by_head)
             part = _attend(
                 asked,
                 keys,
