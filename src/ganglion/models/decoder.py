@@ -200,8 +200,6 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(spec, layer, dtype) for layer in range(spec.num_layers)
         )
-        # latent attention reads this weight itself
-        self._unpacked = [part.kv_b_proj for part in self.modules() if isinstance(part, Mla)]
         self.norm = RmsNorm(spec.width, spec.norm_eps)
         self.head = Linear(spec.width, spec.vocab_size, bias=False, dtype=dtype)
         self.tie()
@@ -219,7 +217,9 @@ class Decoder(nn.Module):
             elif isinstance(part, DecoderLayer) and isinstance(part.mlp, GatedMlp):
                 mlp = part.mlp
                 part.mlp = packed_mlp(mlp.gate_up, mlp.down, mlp.activation) or mlp
-        pack(network, keep=self._unpacked)
+            elif isinstance(part, Mla):
+                part.absorb()
+        pack(network)
 
     @property
     def spec(self) -> LanguageSpec:

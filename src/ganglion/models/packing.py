@@ -4,8 +4,6 @@ Swaps modules in place and leaves the parameters' names in checkpoints to the un
 neither be trained nor saved. Knows no policy.
 """
 
-from collections.abc import Collection
-
 from torch import nn
 
 from ganglion.kernels.cpu import PackedHalve, PackedLinear, why_not_packed
@@ -13,12 +11,12 @@ from ganglion.kernels.cpu import PackedHalve, PackedLinear, why_not_packed
 MIN_WIDTH = 16  # below it the matrix units stand still and plain torch is as fast
 
 
-def pack(network: nn.Module, *, keep: Collection[nn.Module] = ()) -> int:
-    """Pack every layer that gains from it here; returns how many. The others, and `keep`, stay as they are."""
+def pack(network: nn.Module) -> int:
+    """Pack every layer that gains from it here; returns how many. The others stay as they are."""
     swaps: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in network.modules():
         for name, layer in parent.named_children():
-            packed = None if layer in keep else _packed(layer)
+            packed = _packed(layer)
             if packed is not None:
                 swaps.append((parent, name, packed))
     for parent, name, packed in swaps:
