@@ -287,12 +287,11 @@ def test_robots_take_pages_back_from_language_models(served: ServedLanguage, fol
     with LocalService(
         Toy(), engine=EngineConfig(language_threads=1), memory=memory, languages=(served,)
     ) as service:
-        front = front_of(service)
+        front, pause = front_of(service), threading.Event()
         for prompt, each in zip(prompts, heard, strict=True):
             front.generate(ask(prompt, max_tokens=60), each)
-        while not heard[0].items:  # the first answers: the pool is full of prompts
-            service.submit(observation("early", 0), outcomes.put)
-            outcomes.get(timeout=TIMEOUT_S)
+        while not heard[0].items:  # the first answers, the others want the rest of the pool
+            pause.wait(0.001)
         for seq in range(1, 100):
             service.submit(observation("arm", seq), outcomes.put)
             outcome = outcomes.get(timeout=TIMEOUT_S)
