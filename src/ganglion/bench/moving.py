@@ -99,9 +99,7 @@ def _result(
     }
     pooled = {
         context: [
-            flight
-            for degree in OVERLAPPED
-            for flight in flights.get(f"n={degree} {context}", ())
+            flight for degree in OVERLAPPED for flight in flights.get(f"n={degree} {context}", ())
         ]
         for context in ("public", "private")
     }
