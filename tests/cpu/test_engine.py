@@ -1,5 +1,6 @@
 """The engine on a toy with known answers: batching, cutting, sharing, cancelling and failing change nobody else's."""
 
+from collections.abc import Callable
 from itertools import count
 
 import numpy as np
@@ -16,7 +17,7 @@ from ganglion.layout import PoolLayout
 from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
 from ganglion.plan.cost import MeasuredCost
-from ganglion.types import RequestId
+from ganglion.types import PageId, RequestId
 from tests.cpu.toy import Toy, expected, observation
 
 
@@ -28,6 +29,7 @@ def engine(
     max_rows: int = 8,
     is_context_public: bool = True,
     warm_start_share: float = 0.0,
+    make_room: Callable[[], bool] = lambda: False,
 ) -> Engine:
     layout = PoolLayout(large_page_bytes=64, layouts=toy.layouts)
     clock, cost = SimulatedClock(), MeasuredCost(smoothing=0.0)
@@ -42,6 +44,7 @@ def engine(
         num_step_records=16,
         is_context_public=is_context_public,
         warm_start_share=warm_start_share,
+        make_room=make_room,
     )
 
 
@@ -116,6 +119,28 @@ def test_a_request_that_can_never_fit_says_so_and_the_others_live() -> None:
     outcomes = [f.outcome for f in core.drain_finished()]
     assert any(isinstance(outcome, OutOfPagesError) for outcome in outcomes)
     core.ledger.check_integrity()
+
+
+def test_others_on_the_pool_make_room_until_the_robots_request_fits() -> None:
+    held: list[tuple[PageId, ...]] = []
+
+    def make_room() -> bool:
+        if not held:
+            return False
+        core.ledger.release("kv", held.pop())
+        return True
+
+    core = engine(Toy(), num_large=8, make_room=make_room)
+    while core.ledger.num_free("kv"):
+        held.append(core.ledger.reserve("kv", 1, owner="planner"))
+    num_held = len(held)
+    seen = observation("a", 0, pixel=7, state=1.0, seed=3)
+    core.submit(RequestId(1), "toy", seen, deadline_s=1.0)
+    while core.has_work:
+        core.step()
+    (finished,) = core.drain_finished()
+    np.testing.assert_array_equal(finished.outcome, expected(seen))
+    assert 0 < len(held) < num_held, "some was given back, and no more than was needed"
 
 
 @settings(max_examples=60, deadline=None)

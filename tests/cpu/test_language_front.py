@@ -278,7 +278,7 @@ def test_several_tokens_at_once_are_cut_where_the_stop_string_ends(served: Serve
     assert not front.has_work
 
 
-def test_robots_take_pages_back_from_language_models(served: ServedLanguage, folder: Path) -> None:
+def test_robots_and_conversations_share_a_full_pool(served: ServedLanguage, folder: Path) -> None:
     """A pool that conversations fill: robots get their chunks, and the conversations are what they would have been."""
     memory = MemoryConfig(arena_bytes=7 << 16, large_page_bytes=1 << 16, defrag_step_bytes=0)
     prompts = [letter * 230 for letter in "abc"]

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ganglion.bench.cosim import CostTable, FlightResult
 from ganglion.bench.pipeline import (
     LANES,
@@ -137,8 +139,8 @@ def _result(
 
 
 def _age_p99(flights: Sequence[FlightResult]) -> float:
-    ages = sorted(age for flight in flights for age in flight.ages_ms)
-    return ages[min(len(ages) - 1, math.ceil(0.99 * len(ages)) - 1)] if ages else math.nan
+    ages = [age for flight in flights for age in flight.ages_ms]
+    return float(np.percentile(ages, 99)) if ages else math.nan
 
 
 def _margin(share: float, num: int) -> float:

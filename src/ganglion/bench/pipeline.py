@@ -115,12 +115,10 @@ def with_overheads(
 ) -> CostTable:
     """What two busy cores take from each other, and what n = 1 takes over the bare stages."""
     contention = max(1.0, 2 * rates[b0] / rates["B2, 2 loops"])
-    num_lanes = len(LANES[lanes])
-    perceive_us, generate_us = perceive_us_of(model, table), generate_us_of(model, table)
-    if num_lanes > 1:  # the views beside each other
+    alone_us = alone_us_of(model, table)
+    if len(LANES[lanes]) > 1:  # the views beside each other
         encode_us = _encode_us(model, table)
-        perceive_us += contention * max(encode_us) - sum(encode_us)
-    alone_us = perceive_us + generate_us
+        alone_us += contention * max(encode_us) - sum(encode_us)
     served_us = 1e6 / rates[f"{ways()[1].name}, {lanes}"]
     num_steps = -(-alone_us // EngineConfig().step_budget_us)
     step_us = max(0.0, served_us - alone_us) / num_steps
@@ -408,12 +406,9 @@ def _encode_us(model: Model, table: CostTable) -> list[float]:
     ]
 
 
-def generate_us_of(model: Model, table: CostTable) -> float:
-    """K t_g(1)."""
-    generate = model.stages[-1]
-    return table.piece_us(generate.name, num_rows=1, num_units=generate.num_units)
-
-
 def alone_us_of(model: Model, table: CostTable) -> float:
     """L: one observation after the other."""
-    return perceive_us_of(model, table) + generate_us_of(model, table)
+    generate = model.stages[-1]
+    return perceive_us_of(model, table) + table.piece_us(
+        generate.name, num_rows=1, num_units=generate.num_units
+    )

@@ -1,4 +1,4 @@
-"""Packing: a network's weights laid out once for this CPU, for serving. Called by `registry` when it loads a policy.
+"""Packing: a network's weights laid out once for this CPU, for serving. Called by `registry` and `decoder`.
 
 Swaps modules in place and leaves the parameters' names in checkpoints to the unpacked network: what is packed can
 neither be trained nor saved. Knows no policy.

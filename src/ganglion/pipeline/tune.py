@@ -95,8 +95,8 @@ class Tuner:
     ) -> Forecast:
         """Steady state: each cycle perceives once for every robot and brings every chunk 1/n of its steps further.
 
-        With several lanes, what one robot's cycle leaves idle serves the others, and where it is perceived beside
-        generation, lanes are as busy as the work of a cycle makes them.
+        Where one chunk is perceived while the others are generated, a cycle takes as long as its perception, or as the
+        lanes take for all its work.
         """
         num_robots = max(1, num_robots)
         num_steps = self._num_steps_of(num_flow_steps)
