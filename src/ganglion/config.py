@@ -159,7 +159,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "demo.rate_hz": (0.1, 1000),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
-    "engine.dtype": ("bfloat16", "float32"),
+    "engine.dtype": ("bfloat16", "float32", AUTO),
     "pipeline.context": ("public", "private"),
     "demo.world": ("metaworld", "metaworld-moving", "metaworld-jumping"),
 }
@@ -313,8 +313,8 @@ def _checked(path: str, value: Any, hint: Any, origin: str) -> Any:
         low, high = LIMITS[path]
         if not low <= value <= high:
             raise _bad(path, f"a number from {low:g} to {high:g}", value, origin)
-    if path in CHOICES and value not in (*CHOICES[path], AUTO):
-        raise _bad(path, f"one of {', '.join(CHOICES[path])}, {AUTO}", value, origin)
+    if path in CHOICES and value not in CHOICES[path]:
+        raise _bad(path, f"one of {', '.join(CHOICES[path])}", value, origin)
     return value
 
 

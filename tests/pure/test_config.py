@@ -78,6 +78,10 @@ def test_sizes_may_be_text_and_ints_may_be_floats(tmp_path: Path) -> None:
         ("[serve]\nport = true\n", "serve.port: expected an int, got True"),
         ("[serve]\nport = 70000\n", "serve.port: expected a number from 0 to 65535, got 70000"),
         ("[engine]\ndtype = 'int4'\n", "engine.dtype: expected one of bfloat16, float32, auto"),
+        (
+            "[pipeline]\ncontext = 'auto'\n",
+            "pipeline.context: expected one of public, private, got",
+        ),
         ("[engine]\nlanes = [0, 1]\n", "engine.lanes: expected a list of lanes"),
         ("[engine]\nlanes = 'all'\n", "engine.lanes: expected a list of lanes"),
         ("[engine]\ndeadline_ms = nan\n", "engine.deadline_ms: expected a number from 1"),
