@@ -353,7 +353,10 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "no JSON": (_text("config.json", "{'a': 1}"), "config.json: not readable JSON"),
     "JSON list": (_text("config.json", "[]"), "expected an object, got list"),
     "deep JSON": (_text("config.json", "[" * 100_000), "config.json: not readable JSON"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "no such file"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        "not readable JSON: No such file",
+    ),
     "bad eos": (_text("generation_config.json", '{"eos_token_id": "a"}'), "eos_token_id"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "found neither"),
     "pickled weights": (_pickled, "found pytorch_model.bin"),
@@ -375,10 +378,13 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
         _weights(lambda w: w.update({NORM: torch.ones(32, dtype=torch.int64)})),
         "model.norm.weight: dtype expected one of F32, F16, BF16, got I64",
     ),
-    "shard is not there": (_index({NORM: "model-1.safetensors"}), "named in the index"),
-    "shard elsewhere": (_index({NORM: "../../etc/x.safetensors"}), "in the folder itself"),
-    "shard is a pickle": (_index({NORM: "model.bin"}), "in the folder itself"),
-    "index of numbers": (_index({NORM: 1}), "weight_map: expected an object of file names"),
+    "shard is not there": (
+        _index({NORM: "model-1.safetensors"}),
+        "is missing, the index names 1 file",
+    ),
+    "shard elsewhere": (_index({NORM: "../../etc/x.safetensors"}), "a .safetensors file beside it"),
+    "shard is a pickle": (_index({NORM: "model.bin"}), "a .safetensors file beside it"),
+    "index of numbers": (_index({NORM: 1}), "a .safetensors file beside it, got '1'"),
 }
 
 

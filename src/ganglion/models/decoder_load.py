@@ -6,7 +6,6 @@ of the mapped file.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Mapping
 from itertools import groupby
 from math import prod
@@ -26,15 +25,13 @@ from ganglion.models.language import LanguageModel
 from ganglion.models.moe import Moe
 from ganglion.models.moe_load import Part, moe_parts
 from ganglion.models.weights import read_header
+from ganglion.plan.headers import STORED_BYTES, read_config, read_object, weight_files
 
-_MAX_JSON_BYTES = 64 << 20
 _MAX_MAPPED_BYTES = 128 << 20
 _NUM_RANDOM = 4_194_301  # prime: no two rows of a weight are equal
 _HASHED_BYTES = 1 << 16  # of the head, the middle and the tail of a shard
-_INDEX = "model.safetensors.index.json"
 
 _FLOATS = ("F32", "F16", "BF16")
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
 Progress = Callable[[int, int], None]  # bytes loaded, bytes in all
@@ -56,7 +53,7 @@ def load_language(
     spec = read_decoder_spec(
         config, source=str(folder / "config.json"), eos_ids=_generation_eos(folder)
     )
-    shards = _shards(folder)
+    shards = weight_files(folder)
     headers = {path: read_header(path) for path in shards}
     names = frozenset(name for header in headers.values() for name in header)
     targets, experts = decoder_targets(spec), _expert_parts(spec, names)
@@ -112,17 +109,6 @@ def _randomise(part: nn.Module, numbers: Tensor, generator: torch.Generator) -> 
         source = numbers.roll(shift) * value.shape[-1] ** -0.5
         for chunk in torch.split(flat, len(numbers)):
             chunk.copy_(source[: len(chunk)])
-
-
-def read_config(folder: Path) -> Mapping[str, Any]:
-    """config.json of a folder, parsed. Raises CheckpointError where there is none or it is no JSON object."""
-    config = _read_json(folder / "config.json")
-    if config is None:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: expected, but there is no such file",
-            next_step="name a folder in Hugging Face layout: config.json and *.safetensors",
-        )
-    return config
 
 
 def _expert_parts(spec: DecoderSpec, names: Collection[str]) -> dict[int, tuple[Part, ...]]:
@@ -201,7 +187,7 @@ class _Reader:
         self._left = set(places)
         self._loaded_bytes = 0
         self._total_bytes = sum(
-            prod(headers[path][name][1]) * _ITEM_BYTES[headers[path][name][0]]
+            prod(headers[path][name][1]) * STORED_BYTES[headers[path][name][0]]
             for name, path in places.items()
         )
 
@@ -290,37 +276,6 @@ def _joined(parts: list[Tensor], target: Target, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _shards(folder: Path) -> tuple[Path, ...]:
-    """All weight files. Raises CheckpointError where there are none, or the index names what is not there."""
-    index = _read_json(folder / _INDEX)
-    if index is None:
-        single = folder / "model.safetensors"
-        if single.is_file():
-            return (single,)
-        others = sorted(path.name for path in folder.glob("*.bin"))
-        raise CheckpointError(
-            f"{folder}: expected model.safetensors or {_INDEX}, found "
-            f"{', '.join(others[:3]) if others else 'neither'}",
-            next_step="save the model with safe_serialization=True: pickled weights are never read",
-        )
-    names = index.get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError(f"{folder / _INDEX}: weight_map: expected an object of file names")
-    files = sorted(set(names.values()))
-    for file in files:
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{folder / _INDEX}: weight_map: expected names of .safetensors files in the "
-                f"folder itself, got {file[:80]!r}"
-            )
-        if not (folder / file).is_file():
-            raise CheckpointError(
-                f"{folder / file}: named in the index, but there is no such file",
-                next_step=f"copy all {len(files)} shards",
-            )
-    return tuple(folder / file for file in files)
-
-
 def _version(folder: Path, shards: tuple[Path, ...]) -> str:
     """Hash of config.json, and of every shard's size, head (names and shapes), middle and tail.
 
@@ -338,29 +293,11 @@ def _version(folder: Path, shards: tuple[Path, ...]) -> str:
 
 
 def _generation_eos(folder: Path) -> tuple[int, ...]:
-    config = _read_json(folder / "generation_config.json") or {}
-    value = config.get("eos_token_id")
+    path = folder / "generation_config.json"
+    value = read_object(path).get("eos_token_id") if path.exists() else None
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int for token in ids):
         raise CheckpointError(
-            f"{folder / 'generation_config.json'}: eos_token_id: expected a token id or a list of "
-            f"them, got {str(value)[:80]}"
+            f"{path}: eos_token_id: expected a token id or a list of them, got {str(value)[:80]}"
         )
     return tuple(ids)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is no file."""
-    try:
-        file_bytes = path.stat().st_size
-    except FileNotFoundError:
-        return None
-    if file_bytes > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: expected at most {_MAX_JSON_BYTES} bytes, got {file_bytes}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected an object, got {type(value).__name__}")
-    return value

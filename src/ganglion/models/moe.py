@@ -8,7 +8,6 @@ Dimension names: token, width, k (experts of a token), expert, inner (width insi
 all of gate, then all of up), pair (token and one of its experts).
 """
 
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -23,6 +22,7 @@ __all__ = [
     "ExpertBackend",
     "GateSpec",
     "GatedMlp",
+    "LocalExperts",
     "Moe",
     "MoeSpec",
     "ResidentExperts",
@@ -60,17 +60,31 @@ def gate(spec: GateSpec, gate_up: Float[Tensor, "*b gate_up"]) -> Float[Tensor, 
     return functional.gelu(gated, approximate=approximation) * up
 
 
+@runtime_checkable
+class LocalExperts(Protocol):
+    """All experts of one layer where they can be computed, one by one."""
+
+    spec: MoeSpec
+
+    def expert(self, index: int, x: Float[Tensor, "pair width"]) -> Float[Tensor, "pair width"]:
+        """One of them, for all tokens that go to it."""
+        ...
+
+
 def run_experts(
+    local: LocalExperts,
     x: Float[Tensor, "token width"],
     indices: Int[Tensor, "token k"],
     weights: Float[Tensor, "token k"],
-    expert: Callable[[int, Float[Tensor, "pair width"]], Float[Tensor, "pair width"]],
+    layer: int,
 ) -> Float[Tensor, "token width"]:
-    """`ExpertBackend.experts` for whoever can compute one expert: `expert(e, rows)`, once for each that is used.
+    """`ExpertBackend.experts` for whoever can compute one expert, which is done once for each that is used.
 
     Sums are float32 and in the order of experts, alone or in a batch: a token's result has the same bits in any batch
-    as long as those of `expert` do not depend on how many rows it gets.
+    as long as those of an expert do not depend on how many rows it gets.
     """
+    assert layer == local.spec.layer, f"experts of layer {local.spec.layer}, asked for {layer}"
+    expert = local.expert
     num_tokens, top_k = indices.shape
     if num_tokens == 1:  # nothing to sort or gather
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -129,14 +143,13 @@ class ResidentExperts(nn.Module):
         weights: Float[Tensor, "token k"],
         layer: int,
     ) -> Float[Tensor, "token width"]:
-        assert layer == self.spec.layer, f"experts of layer {self.spec.layer}, asked for {layer}"
-        return run_experts(x, indices, weights, self._expert)
+        return run_experts(self, x, indices, weights, layer)
 
-    def _expert(self, expert: int, x: Float[Tensor, "pair width"]) -> Float[Tensor, "pair width"]:
-        up_bias = None if self.gate_up_bias is None else self.gate_up_bias[expert]
-        down_bias = None if self.down_bias is None else self.down_bias[expert]
-        gate_up = functional.linear(x, self.gate_up_proj[expert], up_bias)
-        return functional.linear(gate(self.spec.gate, gate_up), self.down_proj[expert], down_bias)
+    def expert(self, index: int, x: Float[Tensor, "pair width"]) -> Float[Tensor, "pair width"]:
+        up_bias = None if self.gate_up_bias is None else self.gate_up_bias[index]
+        down_bias = None if self.down_bias is None else self.down_bias[index]
+        gate_up = functional.linear(x, self.gate_up_proj[index], up_bias)
+        return functional.linear(gate(self.spec.gate, gate_up), self.down_proj[index], down_bias)
 
 
 class Moe(nn.Module):

@@ -62,10 +62,9 @@ class PackedExperts(nn.Module):
         layer: int,
     ) -> Float[Tensor, "token width"]:
         """As `ExpertBackend.experts`; a token's result has the same bits in any batch."""
-        assert layer == self.spec.layer, f"experts of layer {self.spec.layer}, asked for {layer}"
-        return run_experts(x, indices, weights, self._expert)
+        return run_experts(self, x, indices, weights, layer)
 
-    def _expert(self, index: int, x: Float[Tensor, "pair width"]) -> Float[Tensor, "pair width"]:
+    def expert(self, index: int, x: Float[Tensor, "pair width"]) -> Float[Tensor, "pair width"]:
         num_rows = x.shape[0]
         num_extra = filled_up(num_rows) - num_rows
         x = functional.pad(x, (0, 0, 0, num_extra)) if num_extra else x

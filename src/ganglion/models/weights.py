@@ -1,11 +1,9 @@
-"""Weights: safetensors files into modules and back, with the header checked before a byte is believed.
+"""Weights: safetensors files into modules and back, with the header checked before a byte is believed (`plan.headers`).
 
 Called by checkpoint loaders and by `train`. Knows no architecture: it matches names and shapes, and says which differ.
 """
 
-import json
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 
 import torch
@@ -13,70 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ganglion.errors import CheckpointError
-
-_MAX_HEADER_BYTES = 16 * 1024 * 1024
-_DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1}
+from ganglion.plan import headers
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of every tensor.
-
-    Raises CheckpointError when the file is not safetensors, has a forbidden dtype, or its offsets do not tile it.
-    """
-    try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
-                raise CheckpointError(
-                    f"{path}: header of {header_bytes} bytes in a file of {file_bytes}"
-                )
-            header = json.loads(file.read(header_bytes))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: header must be an object, got {type(header).__name__}")
-    header.pop("__metadata__", None)
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    extents: list[tuple[int, int]] = []
-    for name, entry in header.items():
-        dtype, shape, extent = _checked_entry(path, name, entry)
-        tensors[name] = (dtype, shape)
-        extents.append(extent)
-    end = 0
-    for start, stop in sorted(extents):
-        if start != end:
-            raise CheckpointError(
-                f"{path}: data has a gap or an overlap at byte {end}, next tensor is at {start}"
-            )
-        end = stop
-    if end != file_bytes - 8 - header_bytes:
-        raise CheckpointError(
-            f"{path}: header describes {end} bytes of data, the file has {file_bytes - 8 - header_bytes}",
-            next_step="the file is truncated or damaged: copy it again",
-        )
-    return tensors
-
-
-def _checked_entry(
-    path: Path, name: str, entry: object
-) -> tuple[str, tuple[int, ...], tuple[int, int]]:
-    try:
-        assert isinstance(entry, dict)
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
-        start, stop = entry["data_offsets"]
-        is_sane = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {name}: malformed header entry") from error
-    if dtype not in _DTYPE_BYTES:
-        raise CheckpointError(
-            f"{path}: {name}: dtype expected one of {', '.join(_DTYPE_BYTES)}, got {dtype!r}"
-        )
-    if not is_sane or stop - start != prod(shape) * _DTYPE_BYTES[dtype]:
-        raise CheckpointError(
-            f"{path}: {name}: shape {shape} of {dtype} does not fill bytes {start}..{stop}"
-        )
-    return dtype, shape, (start, stop)
+    """Name -> (dtype, shape) of every tensor. Raises CheckpointError as `plan.headers.read_header`."""
+    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in headers.read_header(path)}
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
-"""Headers: what a checkpoint folder says about itself, without a byte of its weights. Called by cli's plan.
+"""Headers: what a checkpoint folder says about itself, without a byte of its weights. Pure.
 
-config.json, model.safetensors or its shards with their index. Everything is checked before it is believed. Pure.
+config.json, model.safetensors or its shards with their index. Everything is checked before it is believed. Called by
+cli's plan, and by the loaders of `models` before they map a file.
 """
 
 import json
@@ -61,11 +62,23 @@ class TensorHeader:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of `folder`. Raises CheckpointError when there is none, or it is no JSON object."""
-    document = _read_json(folder / CONFIG_FILE)
-    if not isinstance(document, dict):
+    return read_object(folder / CONFIG_FILE)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError where there is none."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, at most {MAX_JSON_BYTES}")
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"{folder / CONFIG_FILE}: expected an object, got {type(document).__name__}"
-        )
+            f"{path}: not readable JSON: {reason}",
+            next_step="name a folder in Hugging Face layout: config.json and *.safetensors",
+        ) from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: expected an object, got {type(document).__name__}")
     return document
 
 
@@ -74,44 +87,16 @@ def read_folder(folder: Path) -> tuple[TensorHeader, ...]:
 
     Raises CheckpointError for files that are missing or damaged, and for an index that does not say what they hold.
     """
-    if (folder / INDEX_FILE).exists():
-        return _read_shards(folder)
-    if not (folder / WEIGHTS_FILE).exists():
-        raise CheckpointError(
-            f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE}",
-            next_step="download the safetensors files of the model; other formats are not read",
-        )
-    return read_header(folder / WEIGHTS_FILE)
-
-
-def _read_shards(folder: Path) -> tuple[TensorHeader, ...]:
-    path = folder / INDEX_FILE
-    document = _read_json(path)
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: weight_map: expected an object of tensors and files")
-    files = set()
-    for name, file in weight_map.items():
-        # an index is from a stranger: its files are in its own folder or nowhere
-        is_plain = isinstance(file, str) and file == Path(file).name and "\\" not in file
-        if not is_plain or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path}: {name}: expected the name of a .safetensors file beside it, got {file!r}"
-            )
-        files.add(file)
-    if len(files) > MAX_SHARDS:
-        raise CheckpointError(f"{path}: {len(files)} files, at most {MAX_SHARDS} are read")
+    if not (folder / INDEX_FILE).exists():
+        (file,) = weight_files(folder)
+        return read_header(file)
+    weight_map, path = _read_index(folder), folder / INDEX_FILE
     found: dict[str, TensorHeader] = {}
-    for file in sorted(files):
-        if not (folder / file).exists():
-            raise CheckpointError(
-                f"{folder}: {file} is missing, the index names {len(files)} files",
-                next_step=f"copy {file} beside {INDEX_FILE}",
-            )
-        for tensor in read_header(folder / file):
-            if weight_map.get(tensor.name) != file:
+    for file in weight_files(folder):
+        for tensor in read_header(file):
+            if weight_map.get(tensor.name) != file.name:
                 raise CheckpointError(
-                    f"{path}: {tensor.name} is in {file}, the index says "
+                    f"{path}: {tensor.name} is in {file.name}, the index says "
                     f"{weight_map.get(tensor.name)!r}"
                 )
             found[tensor.name] = tensor
@@ -123,6 +108,47 @@ def _read_shards(folder: Path) -> tuple[TensorHeader, ...]:
             next_step=_DAMAGED,
         )
     return tuple(found[name] for name in sorted(found))
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """model.safetensors, or the shards that the index names, all of them there. Raises CheckpointError otherwise."""
+    if not (folder / INDEX_FILE).exists():
+        if (folder / WEIGHTS_FILE).is_file():
+            return (folder / WEIGHTS_FILE,)
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        raise CheckpointError(
+            f"{folder}: expected {WEIGHTS_FILE} or {INDEX_FILE}, found "
+            f"{', '.join(others[:3]) if others else 'neither'}",
+            next_step="download or save the model as safetensors: pickled weights are never read",
+        )
+    files = sorted(set(_read_index(folder).values()))
+    if len(files) > MAX_SHARDS:
+        raise CheckpointError(
+            f"{folder / INDEX_FILE}: {len(files)} files, at most {MAX_SHARDS} are read"
+        )
+    for file in files:
+        if not (folder / file).is_file():
+            raise CheckpointError(
+                f"{folder}: {file} is missing, the index names {len(files)} files",
+                next_step=f"copy {file} beside {INDEX_FILE}",
+            )
+    return tuple(folder / file for file in files)
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor -> file. An index is from a stranger: its files are in its own folder or nowhere."""
+    path = folder / INDEX_FILE
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map: expected an object of tensors and files")
+    for name, file in weight_map.items():
+        is_plain = isinstance(file, str) and file == Path(file).name and "\\" not in file
+        if not is_plain or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path}: {name[:80]}: expected the name of a .safetensors file beside it, "
+                f"got {str(file)[:80]!r}"
+            )
+    return weight_map
 
 
 def read_header(path: Path) -> tuple[TensorHeader, ...]:
@@ -197,15 +223,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key stands twice in one object")
     return found
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, at most {MAX_JSON_BYTES}")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(
-            f"{path}: not readable JSON: {reason}", next_step="name a checkpoint folder"
-        ) from error
