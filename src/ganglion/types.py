@@ -294,6 +294,71 @@ class PaceStats:
     forecasts: tuple[DegreeStats, ...]  # by degree; empty when there is nothing to choose
 
 
+class PromptPhase(StrEnum):
+    """Where a request for tokens is."""
+
+    WAITING = "waiting"  # it holds no pages, for the first time or again
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageRequestStats:
+    """One request for tokens under way. `tokens_per_s`: since its first token, over all its choices."""
+
+    request_id: RequestId
+    model: str
+    phase: PromptPhase
+    age_s: float
+    num_choices: int
+    num_prompt_tokens: int
+    num_computed_tokens: int  # of the prompt, cached ones included
+    num_cached_tokens: int
+    num_new_tokens: int
+    max_new_tokens: int
+    tokens_per_s: float
+    num_pages: int
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageStepRecord:
+    """One step of the language engine: `num_layers` layers from `first_layer` on, for so many rows and tokens."""
+
+    step: int
+    model: str
+    start_s: float
+    run_us: float
+    budget_us: int
+    num_rows: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    first_layer: int
+    num_layers: int
+    num_running: int  # rows that hold pages, of all models
+    num_waiting: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageStats:
+    """Language models between two steps. Tokens and requests are counted since the start."""
+
+    requests: tuple[LanguageRequestStats, ...]  # oldest first, bounded
+    num_under_way: int
+    num_running: int  # rows that hold pages
+    num_waiting: int  # rows that do not
+    num_results: int
+    num_errors: int
+    num_cancelled: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_new_tokens: int
+    num_preemptions: int
+    first_token_p50_ms: float | None  # of late; None: there was none
+    steps: tuple[LanguageStepRecord, ...]  # newest last, bounded
+    layouts: Mapping[str, str]  # page layout of a language model -> the model
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceStats:
     """A consistent picture of the service between two engine steps."""
@@ -310,3 +375,4 @@ class ServiceStats:
     num_cancelled: int
     pace: PaceStats | None = None
     rung: str | None = None  # of the quality ladder; None: there is none
+    language: LanguageStats | None = None  # None: no language model is served

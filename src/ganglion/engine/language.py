@@ -5,8 +5,9 @@ robots' steps with the time that is left. Owns its requests and their rows; know
 """
 
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +17,14 @@ from ganglion.engine.language_batch import LanguageBatches
 from ganglion.engine.language_forward import Forward
 from ganglion.engine.language_host import HEAD, LAYERS, LanguageHost, open_host
 from ganglion.engine.language_policy import Policy, chunked
+from ganglion.engine.language_record import (
+    MAX_RECORDS,
+    Progress,
+    WorkTrace,
+    progress,
+    step_record,
+    trace,
+)
 from ganglion.engine.language_work import LanguageRow, LanguageWork, Part
 from ganglion.engine.sampler import (
     Matcher,
@@ -36,7 +45,7 @@ from ganglion.memory.ledger import Ledger
 from ganglion.memory.orders import Moves
 from ganglion.models.language import LanguageModel
 from ganglion.plan.cost import CostModel
-from ganglion.types import RequestId
+from ganglion.types import LanguageStepRecord, RequestId
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +59,7 @@ class Ended:
 
     request_id: RequestId
     outcome: Usage | GanglionError
+    trace: WorkTrace | None = field(default=None, compare=False)  # None: it was refused
 
 
 Event = TokenDelta | PromptScored | Ended
@@ -97,6 +107,8 @@ class LanguageEngine:
         self._events: list[Event] = []
         self._num_arrivals = 0
         self._last_host = ""
+        self._num_steps = 0
+        self.records: deque[LanguageStepRecord] = deque(maxlen=MAX_RECORDS)
         ledger.attach(self)
 
     @property
@@ -118,6 +130,10 @@ class LanguageEngine:
     def num_running(self) -> int:
         """Rows that hold pages."""
         return sum(len(host.admitted) for host in self._hosts.values())
+
+    def progress(self) -> dict[RequestId, Progress]:
+        """How far each request is, in the order in which they came."""
+        return {request_id: progress(work) for request_id, work in self._works.items()}
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -227,8 +243,11 @@ class LanguageEngine:
             try:
                 if host.forward is None:
                     host.forward = self._batches.begin(host, budget_us)
+                    for row in host.admitted:
+                        if row.work.started_s is None:
+                            row.work.started_s = start_s
                 if host.forward is not None:
-                    self._run(host, host.forward, budget_us, start_s)
+                    self._run_recorded(host, host.forward, budget_us, start_s)
             except GanglionError as error:
                 self._fail(host, error)
             except Exception:
@@ -249,6 +268,25 @@ class LanguageEngine:
                 self._last_host = name
                 return self._hosts[name]
         return None
+
+    def _run_recorded(
+        self, host: LanguageHost, forward: Forward, budget_us: int, start_s: float
+    ) -> None:
+        parts, first_layer = forward.parts, forward.next_layer
+        self._run(host, forward, budget_us, start_s)
+        self._num_steps += 1
+        self.records.append(
+            step_record(
+                self._num_steps,
+                host,
+                parts,
+                range(first_layer, forward.next_layer),
+                hosts=self._hosts,
+                start_s=start_s,
+                end_s=self._clock.now_s(),
+                budget_us=budget_us,
+            )
+        )
 
     def _run(self, host: LanguageHost, forward: Forward, budget_us: int, start_s: float) -> None:
         has_run = False
@@ -434,7 +472,7 @@ class LanguageEngine:
         for row in work.rows:
             if row.finish is None:
                 self._finish_row(row, FinishReason.STOP)
-        self._events.append(Ended(request_id=work.request_id, outcome=outcome))
+        self._events.append(Ended(request_id=work.request_id, outcome=outcome, trace=trace(work)))
 
     def _end_starved(self) -> None:
         starved, self._batches.starved = self._batches.starved, []

@@ -176,6 +176,7 @@ class LanguageBatches:
     def _preempt(self, work: LanguageWork) -> None:
         """Its pages go; its rows wait again, with all that they know."""
         self.num_preemptions += 1
+        work.num_preemptions += 1
         logger.info("request %s gives its pages back and waits", work.request_id)
         self._release(work)
 

@@ -84,6 +84,11 @@ class Forward:
         return self.next_layer == self._last
 
     @property
+    def parts(self) -> list[Part]:
+        """Of all rows that go through the next layer."""
+        return [part for strand in self._strands(self.next_layer) for part in strand.parts]
+
+    @property
     def num_layers_left(self) -> int:
         """Layers still to be run."""
         return self._last - self.next_layer

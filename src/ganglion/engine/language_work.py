@@ -66,6 +66,8 @@ class LanguageWork:
     is_forked: bool = False  # the prompt is computed once, its rows are the choices
     num_cached: int | None = None  # tokens found in pages when it was admitted first
     num_emitted: int = 0
+    started_s: float | None = None  # when its first batch was made
+    num_preemptions: int = 0
     prompt_scores: list[TokenLogprob | None] | None = None  # of [0, computed] of the prompt
 
     @property
