@@ -51,22 +51,22 @@ def load_language(
     """
     config = read_config(folder)
     spec = read_decoder_spec(
-        config, source=str(folder / "config.json"), eos_ids=_generation_eos(folder)
+        config, source=str(folder / "config.json"), eos_ids=generation_eos(folder)
     )
     shards = weight_files(folder)
     headers = {path: read_header(path) for path in shards}
     names = frozenset(name for header in headers.values() for name in header)
     targets, experts = decoder_targets(spec), _expert_parts(spec, names)
-    places = _match(folder, spec, _expected(targets, experts), headers)
+    places = match_tensors(folder, spec, _expected(targets, experts), headers)
     with torch.device("meta"):
         model = Decoder(
             spec,
             name=name,
-            version=_version(folder, shards),
+            version=folder_version(folder, shards),
             dtype=dtype,
             max_page_bytes=max_page_bytes,
         )
-    _fill(model, targets, experts, _Reader(places, headers, on_progress))
+    fill_decoder(model, targets, experts, TensorReader(places, headers, on_progress))
     return model.eval().requires_grad_(requires_grad=False)
 
 
@@ -135,7 +135,7 @@ def _expected(
     return expected
 
 
-def _match(
+def match_tensors(
     folder: Path,
     spec: DecoderSpec,
     expected: Mapping[str, tuple[tuple[int, ...], bool]],
@@ -172,7 +172,7 @@ def _is_ignored(name: str, spec: DecoderSpec) -> bool:
     return is_tied_head or is_beyond or name.endswith("rotary_emb.inv_freq")
 
 
-class _Reader:
+class TensorReader:
     """Tensors of the mapped shards by name; counts the bytes it hands out."""
 
     def __init__(
@@ -192,6 +192,7 @@ class _Reader:
         )
 
     def read(self, name: str) -> Tensor:
+        """A tensor as it is stored: a view of the file."""
         if self._mapped_bytes > _MAX_MAPPED_BYTES:
             self.forget()
         path = self._places[name]
@@ -209,15 +210,16 @@ class _Reader:
         self._mapped, self._mapped_bytes = {}, 0
 
     def report(self) -> None:
+        """Tell who listens how many bytes are loaded."""
         if self._on_progress is not None:
             self._on_progress(self._loaded_bytes, self._total_bytes)
 
 
-def _fill(
+def fill_decoder(
     model: Decoder,
     targets: Mapping[str, Target],
     experts: Mapping[int, tuple[Part, ...]],
-    reader: _Reader,
+    reader: TensorReader,
 ) -> None:
     """Layer by layer, each packed as soon as it is there, so that no more than one is in memory twice."""
     for part, names in groupby(targets, key=_part_of):
@@ -241,7 +243,7 @@ def _fill(
     model.pack(model)
 
 
-def _set(model: Decoder, name: str, target: Target, reader: _Reader) -> None:
+def _set(model: Decoder, name: str, target: Target, reader: TensorReader) -> None:
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     parts = [reader.read(source.name) for source in target.sources]
@@ -254,7 +256,9 @@ def _part_of(name: str) -> str:
     return ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
 
 
-def _place_experts(model: Decoder, layer: int, parts: tuple[Part, ...], reader: _Reader) -> None:
+def _place_experts(
+    model: Decoder, layer: int, parts: tuple[Part, ...], reader: TensorReader
+) -> None:
     moe = model.get_submodule(f"layers.{layer}.mlp").to_empty(device="cpu")
     assert isinstance(moe, Moe)
     for part in parts:
@@ -276,7 +280,7 @@ def _joined(parts: list[Tensor], target: Target, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _version(folder: Path, shards: tuple[Path, ...]) -> str:
+def folder_version(folder: Path, shards: tuple[Path, ...]) -> str:
     """Hash of config.json, and of every shard's size, head (names and shapes), middle and tail.
 
     Not of every byte, which would take longer than mapping them; two trainings differ in all of these.
@@ -292,7 +296,7 @@ def _version(folder: Path, shards: tuple[Path, ...]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _generation_eos(folder: Path) -> tuple[int, ...]:
+def generation_eos(folder: Path) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     value = read_object(path).get("eos_token_id") if path.exists() else None
     ids = value if isinstance(value, list) else [] if value is None else [value]

@@ -83,7 +83,7 @@ def read_decoder_spec(
     Raises CheckpointError for an architecture that is not supported, naming the nearest that is, and for a key that is
     missing or has a senseless value.
     """
-    reader = _Reader(config, source)
+    reader = ConfigReader(config, source)
     family = config.get("model_type")
     if family not in FAMILIES:
         raise _unsupported(source, config)
@@ -111,7 +111,7 @@ def read_decoder_spec(
     return spec
 
 
-def _read_common(family: str, reader: "_Reader", eos_ids: tuple[int, ...]) -> DecoderSpec:
+def _read_common(family: str, reader: "ConfigReader", eos_ids: tuple[int, ...]) -> DecoderSpec:
     width, num_heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     head_dim = reader.size("head_dim", width // num_heads)
     max_tokens = reader.size("max_position_embeddings")
@@ -135,7 +135,7 @@ def _read_common(family: str, reader: "_Reader", eos_ids: tuple[int, ...]) -> De
     )
 
 
-def _llama(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _llama(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     has_bias = reader.flag("attention_bias", default=False)
     return replace(
         spec,
@@ -145,21 +145,21 @@ def _llama(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
     )
 
 
-def _mistral(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _mistral(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     # configs of transformers before 4.34 leave the key out and mean its default then
     return _windowed(spec, [True] * spec.num_layers, reader.window("sliding_window", 4096))
 
 
-def _qwen2(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _qwen2(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     return replace(_qwen_windows(reader, spec), has_qkv_bias=True)
 
 
-def _qwen3(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _qwen3(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     spec = _llama(reader, _qwen_windows(reader, spec))
     return replace(spec, has_mlp_bias=False, qk_norm=QkNorm.HEAD)
 
 
-def _qwen_windows(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _qwen_windows(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     if not reader.flag("use_sliding_window", default=False):
         return spec
     first = reader.integer("max_window_layers", 28)
@@ -167,12 +167,12 @@ def _qwen_windows(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
     return _windowed(spec, is_windowed, reader.window("sliding_window", 4096))
 
 
-def _gemma2(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _gemma2(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     is_windowed = reader.windowed_layers([layer % 2 == 0 for layer in range(spec.num_layers)])
     return _gemma(reader, _windowed(spec, is_windowed, reader.window("sliding_window", 4096)))
 
 
-def _gemma3(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _gemma3(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     cycle = reader.size("sliding_window_pattern", reader.size("_sliding_window_pattern", 6))
     is_windowed = reader.windowed_layers(
         [(layer + 1) % cycle != 0 for layer in range(spec.num_layers)]
@@ -197,7 +197,7 @@ def _gemma3(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
     return replace(spec, qk_norm=QkNorm.HEAD, attention_softcap=None)
 
 
-def _gemma(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _gemma(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     if reader.config.get("use_bidirectional_attention"):
         raise CheckpointError(
             f"{reader.source}: use_bidirectional_attention: expected false, got true",
@@ -220,12 +220,12 @@ def _gemma(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
     )
 
 
-def _mixtral(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _mixtral(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     window = reader.window("sliding_window", 4096) if "sliding_window" in reader.config else None
     return _windowed(spec, [True] * spec.num_layers, window)
 
 
-def _qwen2_moe(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _qwen2_moe(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     has_bias = reader.flag("qkv_bias", default=True)
     if reader.flag("use_sliding_window", default=False):
         last = reader.integer("max_window_layers", 28)
@@ -236,14 +236,14 @@ def _qwen2_moe(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
     return replace(spec, has_qkv_bias=has_bias)
 
 
-def _qwen3_moe(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _qwen3_moe(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     if reader.flag("use_sliding_window", default=False):
         window = reader.window("sliding_window", 4096)
         spec = _windowed(spec, [True] * spec.num_layers, window)
     return replace(_llama(reader, spec), has_mlp_bias=False, qk_norm=QkNorm.HEAD)
 
 
-def _olmoe(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _olmoe(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     return replace(
         _llama(reader, spec),
         has_mlp_bias=False,
@@ -252,14 +252,14 @@ def _olmoe(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
     )
 
 
-def _gpt_oss(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _gpt_oss(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     is_windowed = reader.windowed_layers([layer % 2 == 0 for layer in range(spec.num_layers)])
     spec = _windowed(spec, is_windowed, reader.window("sliding_window", 128))
     has_bias = reader.flag("attention_bias", default=True)
     return replace(spec, has_qkv_bias=has_bias, has_out_bias=has_bias, has_sinks=True)
 
 
-def _deepseek(reader: "_Reader", spec: DecoderSpec) -> DecoderSpec:
+def _deepseek(reader: "ConfigReader", spec: DecoderSpec) -> DecoderSpec:
     mla = mla_spec(reader.config)
     assert mla is not None, f"{spec.family} has latent attention"
     rope = read_rope(reader, reader.rope_parameters(), mla.rope_dim, spec.max_tokens)
@@ -283,7 +283,7 @@ def _windowed(spec: DecoderSpec, is_windowed: list[bool], window: int | None) ->
     return replace(spec, layers=layers)
 
 
-FAMILIES: dict[str, Callable[["_Reader", DecoderSpec], DecoderSpec]] = {
+FAMILIES: dict[str, Callable[["ConfigReader", DecoderSpec], DecoderSpec]] = {
     "llama": _llama,
     "mistral": _mistral,
     "qwen2": _qwen2,
@@ -301,10 +301,10 @@ FAMILIES: dict[str, Callable[["_Reader", DecoderSpec], DecoderSpec]] = {
 
 
 def read_rope(
-    reader: "_Reader", parameters: Mapping[str, Any], head_dim: int, max_tokens: int
+    reader: "ConfigReader", parameters: Mapping[str, Any], head_dim: int, max_tokens: int
 ) -> RopeSpec:
     """One set of rotary parameters, as config.json has them."""
-    own = _Reader(parameters, f"{reader.source}: rope_parameters")
+    own = ConfigReader(parameters, f"{reader.source}: rope_parameters")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     share = own.number("partial_rotary_factor", reader.number("partial_rotary_factor", 1.0))
     rope = RopeSpec(
@@ -344,7 +344,7 @@ def read_rope(
     )
 
 
-class _Reader:
+class ConfigReader:
     """Typed look-ups in a config; a null counts as absent."""
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
