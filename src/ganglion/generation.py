@@ -65,7 +65,8 @@ class GenerateRequest:
     """One prompt, `num_choices` continuations that share its pages.
 
     `tenant`: prefixes are shared within one only. `num_prompt_logprobs`: as `Sampling.num_logprobs`, for the prompt's
-    own tokens after the first.
+    own tokens after the first. `speculate`: who drafts tokens ahead, which changes none: "off", "ngram" (what stood
+    before), or a model of the same tokenizer; None: whoever the server has set.
     """
 
     model: str
@@ -74,6 +75,7 @@ class GenerateRequest:
     num_choices: int = 1
     tenant: str = ""
     num_prompt_logprobs: int | None = None
+    speculate: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
