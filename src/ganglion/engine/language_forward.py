@@ -21,8 +21,8 @@ class Strand:
 
     def __init__(self, model: LanguageModel, parts: Sequence[Part], device: torch.device) -> None:
         self.parts = list(parts)
-        ids = [token for part in parts for token in part.row.tokens[part.start : part.end]]
-        positions = [at for part in parts for at in range(part.start, part.end)]
+        ids = [token for part in parts for token in part.token_ids]
+        positions = [at for part in parts for at in part.positions]
         self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
         self.hidden = model.embed(torch.tensor(ids, dtype=torch.int64, device=device))
 
@@ -137,7 +137,7 @@ class Forward:
         """Token by token: what comes out cannot depend on what else is in the batch."""
         out, at = [], 0
         for part in parts:
-            for start in range(part.start, part.end):
+            for start in part.positions:
                 single = Part(row=part.row, start=start, num_tokens=1)
                 kv = PagedKv(self._arena, self._model.groups, [_kv_row(single)])
                 here = slice(at, at + 1)

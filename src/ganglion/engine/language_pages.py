@@ -198,6 +198,15 @@ class LanguagePages:
         row.tables, _ = self.open_tables()
         row.num_computed = 0
 
+    def trim(self, row: LanguageRow) -> None:
+        """Give back the pages past its computed tokens: what was written there turned out wrong."""
+        for group, table in zip(self._groups, row.tables, strict=True):
+            num_needed = group.layout.num_pages(row.num_computed) - table.num_dropped
+            past = table.pages[num_needed:]
+            if past:
+                del table.pages[num_needed:]
+                self._ledger.release(group.layout.name, past)
+
     def relocate(self, row: LanguageRow, moves: Moves) -> None:
         """The ledger moved pages: the row follows."""
         for group, table in zip(self._groups, row.tables, strict=True):

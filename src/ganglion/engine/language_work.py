@@ -78,18 +78,29 @@ class LanguageWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Tokens [start, start + num_tokens) of one row in a batch."""
+    """Tokens [start, start + num_tokens) of one row in a batch; the last of them are `draft`, which may turn out wrong."""
 
     row: LanguageRow
     start: int
     num_tokens: int
+    draft: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
-        """Cursor of the row once the part is computed."""
-        return self.start + self.num_tokens
+        """Past its last known token: cursor of the row once the part is computed, if nothing of the draft holds."""
+        return self.start + self.num_tokens - len(self.draft)
+
+    @property
+    def positions(self) -> range:
+        """Of all its tokens, drafted ones included."""
+        return range(self.start, self.start + self.num_tokens)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What is computed."""
+        return [*self.row.tokens[self.start : self.end], *self.draft]
 
     @property
     def is_newest(self) -> bool:
-        """Does its last token ask for the next one?"""
+        """Does its last known token ask for the next one?"""
         return self.end == len(self.row.tokens)
