@@ -1,4 +1,4 @@
-"""A policy of your own. Serve it:  ganglion serve examples/my_policy.py:MyPolicy"""
+"""A policy of your own. Serve it:  ganglion serve policy=examples/my_policy.py:MyPolicy"""
 
 from collections.abc import Sequence
 

@@ -74,7 +74,8 @@ class PipelineConfig:
 class MemoryConfig:
     """The byte budget and its pages."""
 
-    arena_bytes: int = 256 * MIB
+    budget_bytes: int = 0  # weights and pages together; 0 = no bound beside arena_bytes
+    arena_bytes: int = 256 * MIB  # pages at most; they keep a quarter of it, whatever is loaded
     large_page_bytes: int = 1 * MIB
     defrag_step_bytes: int = 256 * KIB  # pages may move by so much before an engine step; 0 = never
     history_whole: int = 0  # remembered observations that stay as written, the others int8; 0 = all
@@ -94,7 +95,9 @@ class PolicyConfig:
 class ChatConfig:
     """Language models, beside a policy or alone."""
 
-    models: tuple[str, ...] = ()  # shipped names, or folders in Hugging Face layout
+    # shipped names, or folders in Hugging Face layout; with ",pinned", ",on_demand" or ",ttl_s=600"
+    models: tuple[str, ...] = ()
+    load_wait_s: float = 30.0  # that a request waits for room for its model, before it is refused
     max_tokens: int = 0  # of one request, prompt and answer; 0 = as many as the model can
     max_choices: int = 256  # under way or waiting at once; past that, requests are refused
     max_rows: int = 32  # computed in one step
@@ -152,6 +155,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "memory.large_page_bytes": (4096, 1024 * MIB),
     "memory.defrag_step_bytes": (0, 1024 * MIB),
     "policy.num_flow_steps": (0, 10),
+    "memory.budget_bytes": (0, inf),
+    "chat.load_wait_s": (0, 3600),
     "chat.max_tokens": (0, 10_000_000),
     "chat.max_choices": (1, 65536),
     "chat.max_rows": (1, 4096),

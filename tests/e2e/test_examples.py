@@ -24,7 +24,7 @@ def test_a_policy_of_ones_own_is_served_and_answers_each_robot() -> None:
     lines = (ROOT / "examples" / "my_policy.py").read_text().splitlines()
     assert len(lines) <= 32
     with Running(
-        "serve", "examples/my_policy.py:MyPolicy", "--port", "0", until="Ctrl-C"
+        "serve", "policy=examples/my_policy.py:MyPolicy", "--port", "0", until="Ctrl-C"
     ) as server:
         url = server.find(r"robots +(ws://\S+)")
         with Client(url, robot_id="one") as one, Client(url, robot_id="two") as two:
@@ -38,7 +38,7 @@ def test_a_policy_of_ones_own_is_served_and_answers_each_robot() -> None:
 
 def test_the_printed_curl_line_and_client_work_as_they_stand() -> None:
     with Running(
-        "serve", "examples/my_policy.py:MyPolicy", "--port", "0", until="Ctrl-C"
+        "serve", "policy=examples/my_policy.py:MyPolicy", "--port", "0", until="Ctrl-C"
     ) as server:
         curl = server.find(r"try +(curl .*)$")
         answer = subprocess.run(
@@ -69,7 +69,7 @@ def test_a_policy_that_cannot_be_served_is_refused_with_the_next_step(tmp_path: 
         "absent-checkpoint": "expected a folder or one of metaworld-ten",
     }
     for path, message in cases.items():
-        done = ganglion("serve", path, "--port", "0", timeout_s=60, cwd=tmp_path)
+        done = ganglion("serve", f"policy={path}", "--port", "0", timeout_s=60, cwd=tmp_path)
         assert done.returncode == 1, path
         assert message in done.stderr, path
         assert "Traceback" not in done.stderr, path
@@ -77,7 +77,13 @@ def test_a_policy_that_cannot_be_served_is_refused_with_the_next_step(tmp_path: 
 
 def test_another_address_than_loopback_needs_a_key() -> None:
     done = ganglion(
-        "serve", "examples/my_policy.py:MyPolicy", "--host", "0.0.0.0", "--port", "0", timeout_s=60
+        "serve",
+        "policy=examples/my_policy.py:MyPolicy",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "0",
+        timeout_s=60,
     )
     assert done.returncode == 1
     assert "key" in done.stderr

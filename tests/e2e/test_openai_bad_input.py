@@ -404,7 +404,7 @@ def test_paths_that_nobody_serves(server):
     with FakeService(SPEC) as service, ServerThread(service) as policy_only:
         status, error = refusal(policy_only, CHAT, chat())
         assert status == 404
-        assert "--chat" in error["message"]
+        assert "chat=MODEL" in error["message"]
 
 
 def test_a_full_service_says_when_to_come_back():

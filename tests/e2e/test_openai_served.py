@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(folder):
-    line = ("serve", "--no-policy", "--chat", str(folder), "--port", "0", "--dtype", "float32")
+    line = ("serve", f"chat={folder}", "--port", "0", "--dtype", "float32")
     with Running(*line, "--arena-bytes", "64 MiB", until="Ctrl-C stops") as server:
         url = server.find(r"OpenAI +(\S+)")
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as it:

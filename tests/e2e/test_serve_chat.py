@@ -1,4 +1,4 @@
-"""`ganglion serve --chat`: the command, the real openai client, robots beside it."""
+"""`ganglion serve chat=`: the command, the real openai client, robots beside it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Iterator[Running]:
-    line = ("serve", "--no-policy", "--chat", str(folder), "--port", "0", "--dtype", "float32")
+    line = ("serve", f"chat={folder}", "--port", "0", "--dtype", "float32")
     with Running(*line, "--arena-bytes", "64 MiB", until="Ctrl-C stops") as server:
         yield server
 
@@ -121,7 +121,7 @@ def test_prefixes_are_shared_and_wrong_requests_are_named(client: openai.OpenAI)
 
 
 def test_robots_and_chat_in_one_server(folder: Path) -> None:
-    line = ("serve", "examples/my_policy.py:MyPolicy", "--chat", str(folder), "--port", "0")
+    line = ("serve", "policy=examples/my_policy.py:MyPolicy", f"chat={folder}", "--port", "0")
     with Running(*line, "--arena-bytes", "64 MiB", until="Ctrl-C stops") as server:
         url = server.find(r"OpenAI +(\S+)")
         with (
@@ -150,9 +150,9 @@ def test_robots_and_chat_in_one_server(folder: Path) -> None:
 
 
 def test_nothing_to_serve_is_said() -> None:
-    ended = ganglion("serve", "--no-policy", timeout_s=60)
+    ended = ganglion("serve", "policy=", timeout_s=60)
     assert ended.returncode == 1
     assert "nothing to serve" in ended.stderr
-    ended = ganglion("serve", "--no-policy", "--chat", "no-such-model", timeout_s=60)
+    ended = ganglion("serve", "chat=no-such-model", timeout_s=60)
     assert ended.returncode == 1
     assert "no-such-model" in ended.stderr

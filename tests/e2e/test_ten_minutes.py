@@ -142,7 +142,7 @@ def test_minute_10_a_policy_is_edited_and_served(tmp_path: Path) -> None:
     text = (ROOT / "examples" / "my_policy.py").read_text()
     (tmp_path / "my_policy.py").write_text(text.replace('name="my-policy"', 'name="mine"'))
     with Running(
-        "serve", "my_policy.py:MyPolicy", "--port", "0", until="Ctrl-C", cwd=tmp_path
+        "serve", "policy=my_policy.py:MyPolicy", "--port", "0", until="Ctrl-C", cwd=tmp_path
     ) as server:
         assert "serving mine (plain" in server.text
 

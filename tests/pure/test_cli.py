@@ -11,7 +11,7 @@ from ganglion.bench.report import BENCHES
 from ganglion.cli import docs
 from ganglion.cli.commands import COMMANDS
 from ganglion.cli.main import EXTRAS, build_parser, main, missing_dependency
-from ganglion.cli.settings import read_key, resolve
+from ganglion.cli.settings import gathered, read_key, resolve
 from ganglion.config import paths
 from ganglion.errors import ConfigError
 
@@ -25,9 +25,9 @@ FROZEN = {
         *SETTINGS,
     ],
     "serve": [
-        *("POLICY", "--flow-steps", "--dtype", "--no-policy", "--chat"),
+        *("SERVED", "--flow-steps", "--dtype"),
         *("--host", "--port", "--api-key-file", "--allow-host"),
-        *("--deadline-ms", "--max-sessions", "--arena-bytes"),
+        *("--deadline-ms", "--max-sessions", "--memory", "--arena-bytes"),
         *("--degree", "--context", "--warm-start", "--ladder"),
         *SETTINGS,
     ],
@@ -89,7 +89,7 @@ def test_help_gives_examples_before_flags(capsys: pytest.CaptureFixture[str]) ->
         build_parser().parse_args(["serve", "--help"])
     text = capsys.readouterr().out
     assert text.index("examples:") < text.index("--port")
-    for title in ("policy:", "network:", "limits:", "settings:"):
+    for title in ("models:", "network:", "limits:", "settings:"):
         assert title in text
 
 
@@ -97,7 +97,16 @@ def test_flags_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ganglion.toml").write_text("[serve]\nport = 9000\n[engine]\nmax_sessions = 7\n")
     (tmp_path / "key").write_text("abc\n")
-    line = ["serve", "here.py:Mine", "--port", "0", "--api-key-file", "key", "--allow-host", "box"]
+    line = [
+        "serve",
+        "policy=here.py:Mine",
+        "--port",
+        "0",
+        "--api-key-file",
+        "key",
+        "--allow-host",
+        "box",
+    ]
     resolved = resolve(build_parser().parse_args([*line, "--arena-bytes", "64 MiB"]))
     config = resolved.config
     assert (config.serve.port, config.engine.max_sessions) == (0, 7)
@@ -114,7 +123,7 @@ def test_a_setting_that_a_policy_would_ignore_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    line = ["serve", "mine.py:Mine", "--dtype", "float32"]
+    line = ["serve", "policy=mine.py:Mine", "--dtype", "float32"]
     with pytest.raises(ConfigError, match=r"engine\.dtype from --dtype means nothing"):
         resolve(build_parser().parse_args(line))
 
@@ -200,3 +209,28 @@ def test_the_page_of_the_command_line_names_every_flag() -> None:
         for flag in command.flags():
             assert f"`{flag.name}" in page
     assert "%(default)s" not in page
+
+
+def test_what_is_named_is_all_that_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ganglion.toml").write_text('[policy]\npath = "a"\n[chat]\nmodels = ["b"]\n')
+
+    def served(*words: str) -> tuple[str, tuple[str, ...]]:
+        config = resolve(build_parser().parse_args(gathered(["serve", *words]))).config
+        return config.policy.path, config.chat.models
+
+    assert served() == ("a", ("b",))
+    assert served("policy=x") == ("x", ())
+    assert served("chat=y", "--port", "0", "chat=z,ttl_s=60") == ("", ("y", "z,ttl_s=60"))
+    assert served("--port", "0", "policy=x", "chat=y") == ("x", ("y",))
+    with pytest.raises(ConfigError, match="2 policies: x, y"):
+        served("policy=x", "policy=y")
+    with pytest.raises(ConfigError, match="'tiny-moe' says not what it is") as caught:
+        served("tiny-moe")
+    assert caught.value.advice == "write policy=tiny-moe or chat=tiny-moe"
+    with pytest.raises(ConfigError, match=r"expected policy=\.\.\. or chat="):
+        served("chta=x")
+    with pytest.raises(ConfigError, match="nothing to serve"):
+        served("policy=")

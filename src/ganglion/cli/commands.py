@@ -100,6 +100,12 @@ ARENA = Flag(
     metavar="SIZE",
     help='all pages together: "256 MiB"',
 )
+MEMORY = Flag(
+    name="--memory",
+    path="memory.budget_bytes",
+    metavar="SIZE",
+    help='weights and pages together: "8 GiB"',
+)
 DEADLINE = Flag(
     name="--deadline-ms",
     path="engine.deadline_ms",
@@ -242,38 +248,28 @@ SERVE = Command(
     summary="serve a policy to robots, and language models beside it",
     examples=(
         "ganglion serve",
-        "ganglion serve --chat tiny-moe",
-        "ganglion serve --no-policy --chat models/Qwen3-0.6B",
-        "ganglion serve path/to/checkpoint --port 8001",
-        "ganglion serve examples/my_policy.py:MyPolicy",
+        "ganglion serve policy=metaworld-ten chat=tiny-moe",
+        "ganglion serve chat=models/Qwen3-0.6B --memory 8GiB",
+        "ganglion serve chat=tiny-moe chat=models/Qwen3-0.6B,ttl_s=600 chat=models/OLMoE,on_demand",
+        "ganglion serve policy=path/to/checkpoint --port 8001",
+        "ganglion serve policy=examples/my_policy.py:MyPolicy",
         "ganglion serve --host 0.0.0.0 --api-key-file key.txt",
     ),
     target="ganglion.cli.serve:run",
     groups=(
         Group(
-            title="policy",
+            title="models",
             flags=(
                 Flag(
-                    name="POLICY",
-                    path="policy.path",
-                    nargs="?",
-                    help="shipped name, checkpoint folder or file.py:Class (default: metaworld-ten)",
+                    name="SERVED",
+                    nargs="*",
+                    metavar="KEY=VALUE",
+                    help="policy=NAME, checkpoint folder or file.py:Class (policy.path); chat=NAME or Hugging Face "
+                    "folder (chat.models), repeatable, with ,pinned (the default), ,on_demand or ,ttl_s=SECONDS. "
+                    "Only what is named is served; nothing named: what the config file says, else policy=metaworld-ten",
                 ),
                 FLOW_STEPS,
                 DTYPE,
-                Flag(name="--no-policy", is_switch=True, help="language models only"),
-            ),
-        ),
-        Group(
-            title="language models",
-            flags=(
-                Flag(
-                    name="--chat",
-                    path="chat.models",
-                    is_repeatable=True,
-                    metavar="MODEL",
-                    help="shipped name or Hugging Face folder, served as OpenAI's API; repeatable",
-                ),
             ),
         ),
         Group(
@@ -307,6 +303,7 @@ SERVE = Command(
                     metavar="N",
                     help="robots at once",
                 ),
+                MEMORY,
                 ARENA,
             ),
         ),

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, metadata
 
 import ganglion
 from ganglion.cli.commands import COMMANDS, Command, Flag
-from ganglion.cli.settings import resolve
+from ganglion.cli.settings import gathered, resolve
 from ganglion.errors import GanglionError, MissingDependencyError
 
 # What a missing module belongs to; the base install is the client alone.
@@ -126,7 +126,7 @@ def _fail(error: GanglionError) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(gathered(sys.argv[1:] if argv is None else argv))
     command = COMMANDS[args.command]
     logging.basicConfig(
         level=getattr(args, "log_level", "warning").upper(),

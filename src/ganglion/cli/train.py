@@ -98,7 +98,7 @@ def run_all(args: argparse.Namespace) -> None:
             out_dir=folder,
             on_report=on_report,
         )
-    print(f"mean success {mean_success(figures.delayed):.3f}; ganglion serve {folder}")
+    print(f"mean success {mean_success(figures.delayed):.3f}; ganglion serve policy={folder}")
 
 
 def run_collect(args: argparse.Namespace) -> None:
@@ -148,7 +148,7 @@ def run_fit(args: argparse.Namespace, *, until_step: int | None) -> None:
     is_done = result.step >= config.num_steps
     target = folder / (CHECKPOINT if is_done else HALF_WAY)
     ship(result, target)
-    print(f"step {result.step} of {config.num_steps}; ganglion serve {target}")
+    print(f"step {result.step} of {config.num_steps}; ganglion serve policy={target}")
 
 
 def run_correct(args: argparse.Namespace) -> None:

@@ -72,7 +72,7 @@ def _make(name: str, args: argparse.Namespace, corpus: Corpus) -> None:
             on_progress=on_window,
         )
     write_lm_card(facts_of(name, config, result, corpus), figures, target)
-    print(f"{name}: {figures.loss:.3f} nats per byte held out; ganglion serve --chat {target}")
+    print(f"{name}: {figures.loss:.3f} nats per byte held out; ganglion serve chat={target}")
 
 
 def facts_of(

@@ -25,6 +25,7 @@ def auto_values(
         "engine.dtype": _dtype(hardware),
         "engine.language_threads": _language_threads(hardware, has_policy=has_policy),
         "memory.arena_bytes": _arena(hardware, largest_bytes),
+        "memory.budget_bytes": _budget(hardware),
     }
 
 
@@ -55,6 +56,14 @@ def _language_threads(hardware: Hardware, *, has_policy: bool) -> Auto:
     if not has_policy or num_cores <= 2:
         return Auto(value=num_cores, formula=f"{num_cores} cores; robots' steps come in between")
     return Auto(value=num_cores - 1, formula=f"{num_cores} cores - 1 for sockets")
+
+
+def _budget(hardware: Hardware) -> Auto:
+    available_bytes = hardware.available_bytes
+    if available_bytes == 0:
+        return Auto(value=0, formula="free memory is unknown here: no bound")
+    value = max(SMALLEST_AUTO_ARENA_BYTES, available_bytes * 4 // 5 // MIB * MIB)
+    return Auto(value=value, formula=f"4/5 of {format_bytes(available_bytes)} available")
 
 
 def _arena(hardware: Hardware, largest_bytes: int) -> Auto:

@@ -70,7 +70,7 @@ def build_app(
         routes += dashboard_routes(hub=hub, service=service, clock=clock)
         robots = RobotEndpoint(service, config=config, clock=clock, metrics=metrics)
     if language is None:
-        routes += missing_routes("serve a language model too: ganglion serve --chat MODEL")
+        routes += missing_routes("serve a language model too: ganglion serve chat=MODEL")
     app: ASGIApp = _Edge(routes, robots)
     if config.api_key is not None:
         app = KeyGuard(app, api_key=config.api_key, metrics=metrics)
