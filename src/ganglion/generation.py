@@ -74,6 +74,7 @@ class GenerateRequest:
     sampling: Sampling
     num_choices: int = 1
     tenant: str = ""
+    trace_id: str = ""  # what whoever asks calls it, in the trace; changes nothing else
     num_prompt_logprobs: int | None = None
     speculate: str | None = None
 
