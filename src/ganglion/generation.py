@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ganglion.types import RequestId
+from ganglion.types import RequestId, UInt8Array
 
 
 class FinishReason(StrEnum):
@@ -61,12 +61,47 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One picture of a conversation as its file came: PNG, JPEG or WebP. `field` names it in errors.
+
+    `is_coarse`: seen once, as a whole, however large it is (OpenAI's `detail: "low"`).
+    """
+
+    data: bytes
+    field: str
+    is_coarse: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PromptImage:
+    """One picture as a model reads it: `pixels` uint8 [tile, height, width, 3].
+
+    `key` stands for what is to be seen: equal keys, equal features. `places`: where in the prompt the features of the
+    tiles go, in order, one token each; nothing else of the prompt depends on the picture.
+    """
+
+    key: bytes
+    pixels: UInt8Array
+    places: tuple[range, ...]
+
+    @property
+    def first(self) -> int:
+        """The first prompt token that the picture fills."""
+        return self.places[0].start
+
+    @property
+    def end(self) -> int:
+        """One after the last that it fills."""
+        return self.places[-1].stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
     """One prompt, `num_choices` continuations that share its pages.
 
     `tenant`: prefixes are shared within one only. `num_prompt_logprobs`: as `Sampling.num_logprobs`, for the prompt's
     own tokens after the first. `speculate`: who drafts tokens ahead, which changes none: "off", "ngram" (what stood
-    before), or a model of the same tokenizer; None: whoever the server has set.
+    before), or a model of the same tokenizer; None: whoever the server has set. `pictures`: those for which the prompt has room, in order.
     """
 
     model: str
@@ -77,6 +112,7 @@ class GenerateRequest:
     trace_id: str = ""  # what whoever asks calls it, in the trace; changes nothing else
     num_prompt_logprobs: int | None = None
     speculate: str | None = None
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +167,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatMessage:
-    """One message of a conversation. `content`: text; `tool_calls`, `tool_call_id`, `name`: as in the chat API."""
+    """One message of a conversation. `tool_calls`, `tool_call_id`, `name`: as in the chat API.
+
+    `content`: all its text. `parts`: text and pictures in their order, where there are pictures.
+    """
 
     role: str
     content: str
+    parts: tuple[str | Picture, ...] = ()
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: tuple[Mapping[str, object], ...] = ()
@@ -153,3 +193,4 @@ class LanguageSpec:
     width: int
     eos_ids: tuple[int, ...]
     dtype: str
+    has_vision: bool = False  # does it take pictures?
