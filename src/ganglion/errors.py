@@ -17,6 +17,7 @@ class ErrorCode(StrEnum):
     DEADLINE_MISSED = "deadline_missed"
     OVERLOADED = "overloaded"
     OUT_OF_PAGES = "out_of_pages"
+    MODEL_UNAVAILABLE = "model_unavailable"
     UNAUTHORIZED = "unauthorized"
     UNSAFE_ACTION = "unsafe_action"
     CANCELLED = "cancelled"
@@ -123,6 +124,16 @@ class OutOfPagesError(GanglionError):
             next_step="lower serve.max_sessions, or raise memory.arena_bytes",
         )
         self.need, self.free, self.evictable = need, free, evictable
+
+
+class ModelUnavailableError(GanglionError):
+    """A language model is not in memory, and cannot be brought there now."""
+
+    code = ErrorCode.MODEL_UNAVAILABLE
+
+    def __init__(self, message: str, *, retry_after_s: float, next_step: str = "") -> None:
+        super().__init__(message, next_step=next_step or f"retry after {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
 
 
 class UnauthorizedError(GanglionError):

@@ -4,6 +4,8 @@ Implemented by `pipeline.local` (in process) and by `FakeService` (tests of the 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
 from ganglion.errors import GanglionError
@@ -85,6 +87,23 @@ class TextTokenizer(Protocol):
         ...
 
 
+class ModelState(StrEnum):
+    """Where the weights of a language model are."""
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    LOADED = "loaded"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residence:
+    """A language model in memory, or not. `stay`: "pinned", "on demand" or "for 600 s" without a request."""
+
+    state: ModelState
+    stay: str
+    weight_bytes: int
+
+
 @runtime_checkable
 class LanguageService(Protocol):
     """Takes prompts, answers each with deltas. Thread-safe; `on_generated` as `OnDone` of `Service`, but called often."""
@@ -97,8 +116,13 @@ class LanguageService(Protocol):
         """Of one of them. Raises FieldError for any other name."""
         ...
 
+    def residence(self, model: str) -> Residence:
+        """Is it in memory? Raises FieldError for an unknown name."""
+        ...
+
     def generate(self, request: GenerateRequest, on_generated: OnGenerated) -> RequestId:
-        """Queue one prompt. Ends with exactly one Usage, after all its deltas, or one GanglionError.
+        """Queue one prompt; its model is loaded first where it is not. Ends with exactly one Usage, after all its
+        deltas, or one GanglionError: ModelUnavailableError where there is no room for the model.
 
         Raises FieldError for an unknown model, a prompt of no or too many tokens, or a grammar that does not compile;
         OverloadedError when too many wait.

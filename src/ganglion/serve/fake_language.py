@@ -27,7 +27,7 @@ from ganglion.generation import (
     TokenLogprob,
     Usage,
 )
-from ganglion.service import Generated, OnGenerated
+from ganglion.service import Generated, ModelState, OnGenerated, Residence
 from ganglion.types import RequestId
 
 BEGIN, END, NUM_TOKENS = 256, 257, 258
@@ -148,6 +148,11 @@ class FakeLanguageService:
         """The same for all models."""
         self._spec(model)
         return self._tokenizer
+
+    def residence(self, model: str) -> Residence:
+        """Always in memory, and takes none."""
+        self._spec(model)
+        return Residence(state=ModelState.LOADED, stay="pinned", weight_bytes=0)
 
     def generate(self, request: GenerateRequest, on_generated: OnGenerated) -> RequestId:
         """Queue one prompt."""
