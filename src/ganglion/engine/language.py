@@ -90,10 +90,10 @@ class LanguageEngine:
         `max_batch_tokens`: bounds the workspace. `is_deterministic`: every token is computed alone, so that its scores
         are the same, bit by bit, whatever it is batched with and however its prompt is cut; slow.
         """
-        self._ledger, self._clock = ledger, clock
-        self._hosts = {
-            name: open_host(name, model, ledger, arena, cost) for name, model in models.items()
-        }
+        self._ledger, self._arena, self._clock, self._cost = ledger, arena, clock, cost
+        self._hosts: dict[str, LanguageHost] = {}
+        for name, model in models.items():
+            self.open_model(name, model)
         self._batches = LanguageBatches(
             self._hosts,
             arena,
@@ -134,6 +134,18 @@ class LanguageEngine:
     def progress(self) -> dict[RequestId, Progress]:
         """How far each request is, in the order in which they came."""
         return {request_id: progress(work) for request_id, work in self._works.items()}
+
+    # --- models --------------------------------------------------------------------------------------------------
+
+    def open_model(self, name: str, model: LanguageModel) -> None:
+        """Requests may name it from now on. The pool must have the layouts of its groups."""
+        assert name not in self._hosts, f"{name} is open already"
+        self._hosts[name] = open_host(name, model, self._ledger, self._arena, self._cost)
+
+    def close_model(self, name: str) -> None:
+        """Nobody uses this model any more: no reference to it is kept. Its cached pages stay to be found again."""
+        host = self._hosts.pop(name)
+        assert not host.rows, f"{name} has {len(host.rows)} rows"
 
     # --- requests ------------------------------------------------------------------------------------------------
 
