@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ganglion.engine.kv_space import KvRow, PagedKv, TableOfRow, blank
+from ganglion.engine.kv_rows import KvRow, TableOfRow
+from ganglion.engine.kv_space import PagedKv, blank
 from ganglion.layout import PageKind, PageLayout, PoolLayout
 from ganglion.memory.arena import Arena
 from ganglion.models.language import KvGroup

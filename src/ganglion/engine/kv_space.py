@@ -1,6 +1,6 @@
-"""Keys and values of one batch, in pages of the arena. Made by `engine.language_forward` for each piece, asked by models.
+"""Keys, values and states of one batch, in pages of the arena. Made by `engine.language_forward`, asked by models.
 
-Writes what is new, gathers what is asked. Knows page ids, positions and tensors; neither requests nor who owns a page.
+Writes what is new, gathers what is asked. States: `engine.state_space`. Knows page ids, positions and tensors; neither requests nor who owns a page.
 Dimension names as in `models.language`; row: one sequence of the batch.
 """
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ganglion.engine.kv_rows import KvRow, TableOfRow
+from ganglion.engine.state_space import StateSpace
 from ganglion.memory.arena import Arena
-from ganglion.models.language import KvGroup
+from ganglion.models.language import KvGroup, RecurrentStep, StateGroup
 from ganglion.types import PageId
 
 MAX_PAD_RATIO = 1.5  # rows that ask together have at most so many times the pages of the shortest
@@ -23,28 +25,6 @@ MAX_READ_BYTES = 2 << 20  # that they read in one layer: what a core's cache hol
 MAX_PLAIN_TOKENS = 256  # of one call where scores are written out
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TableOfRow:
-    """Pages of one group: the first of them holds token `num_dropped` * slots of the row."""
-
-    pages: Sequence[PageId]
-    num_dropped: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KvRow:
-    """Tokens [start, start + num_tokens) of one sequence are in the batch; those before them stand in the pages."""
-
-    start: int
-    num_tokens: int
-    tables: tuple[TableOfRow, ...]  # one per group of the model
-
-    def span(self, window: int | None, slots: int) -> range:
-        """Pages, counted from the sequence's first, that its tokens ask."""
-        first = 0 if window is None else max(0, self.start - window + 1) // slots
-        return range(first, (self.start + self.num_tokens - 1) // slots + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,11 +175,18 @@ class PagedKv:
     Their slots must hold numbers from the start (`blank`): what the mask hides is still multiplied by zero.
     """
 
-    def __init__(self, arena: Arena, groups: Sequence[KvGroup], rows: Sequence[KvRow]) -> None:
+    def __init__(
+        self, arena: Arena, groups: Sequence[KvGroup | StateGroup], rows: Sequence[KvRow]
+    ) -> None:
         self._plans: dict[int, tuple[_GroupPlan, int]] = {}  # layer -> its group's, its place there
+        self._states = StateSpace(rows)
         for at, group in enumerate(groups):
             tables = [row.tables[at] for row in rows]
-            plan = _GroupPlan(group, rows, tables, arena.pages(group.layout.name))
+            pages = arena.pages(group.layout.name)
+            if isinstance(group, StateGroup):
+                self._states.add(group, tables, pages)
+                continue
+            plan = _GroupPlan(group, rows, tables, pages)
             self._plans.update(
                 {layer: (plan, layer_at) for layer_at, layer in enumerate(group.layers)}
             )
@@ -266,6 +253,10 @@ class PagedKv:
             )
             out[run.here] = part.permute(2, 0, 1, 3).flatten(1, 2)
         return out
+
+    def recur(self, layer: int, inputs: Tensor, step: RecurrentStep) -> Tensor:
+        """See `KvSpace.recur`."""
+        return self._states.recur(layer, inputs, step)
 
 
 def blank(arena: Arena, layout_name: str, pages: Sequence[PageId]) -> None:

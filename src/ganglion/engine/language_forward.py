@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ganglion.engine.kv_space import KvRow, PagedKv, TableOfRow
+from ganglion.engine.kv_rows import KvRow, TableOfRow
+from ganglion.engine.kv_space import PagedKv
 from ganglion.engine.language_work import LanguageRow, Part
 from ganglion.memory.arena import Arena
 from ganglion.models.language import LanguageModel

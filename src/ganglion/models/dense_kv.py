@@ -11,17 +11,25 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from ganglion.models.language import KvGroup
+from ganglion.models.language import KvGroup, RecurrentStep, StateGroup
 
 
 class DenseKv:
     """Room for `max_tokens` in each of `num_rows` rows. Call `extend` before the runs that make new tokens' values."""
 
     def __init__(
-        self, groups: Sequence[KvGroup], *, num_rows: int, max_tokens: int, device: str = "cpu"
+        self,
+        groups: Sequence[KvGroup | StateGroup],
+        *,
+        num_rows: int,
+        max_tokens: int,
+        device: str = "cpu",
     ) -> None:
         self._max_tokens = max_tokens
-        self._groups = {layer: group for group in groups for layer in group.layers}
+        self._groups = {
+            layer: group for group in groups if isinstance(group, KvGroup) for layer in group.layers
+        }
+        self._states = _states(groups, num_rows, device)
         self._layers: dict[
             int, Tensor
         ] = {}  # "2 row token kv dim", or 1 where keys hold the values
@@ -48,7 +56,11 @@ class DenseKv:
         self._starts, self._ends = self._ends, ends
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget what stands behind: rejected drafts."""
+        """Forget what stands behind: rejected drafts. Raises ValueError where recurrent layers went over it already."""
+        if self._states and any(
+            length < end for end, length in zip(self._ends, lengths, strict=True)
+        ):
+            raise ValueError("a recurrent state cannot be taken back")
         self._ends = [min(end, length) for end, length in zip(self._ends, lengths, strict=True)]
         self._starts = list(self._ends)
 
@@ -81,6 +93,32 @@ class DenseKv:
                 mask = _mask(start - oldest, end - start, group.window, keys.device)
             outs.append(_attend(query[tokens], keys, values, mask, scale, sinks, softcap))
         return torch.cat(outs)
+
+    def recur(
+        self, layer: int, inputs: Float[Tensor, "token width"], step: RecurrentStep
+    ) -> Float[Tensor, "token width"]:
+        """As `KvSpace.recur`."""
+        outs: list[Tensor] = []
+        first = 0
+        for row, (start, end) in enumerate(zip(self._starts, self._ends, strict=True)):
+            if end > start:
+                state = self._states[layer][row, None]
+                made, after = step(inputs[None, first : first + end - start], state.clone())
+                state.copy_(after)
+                outs.append(made[0])
+            first += end - start
+        return torch.cat(outs) if outs else inputs
+
+
+def _states(
+    groups: Sequence[KvGroup | StateGroup], num_rows: int, device: str
+) -> dict[int, Float[Tensor, "row number"]]:
+    """Layer -> zeros for its state."""
+    spans = [span for group in groups if isinstance(group, StateGroup) for span in group.spans]
+    sizes = {span.layer: 0 for span in spans}
+    for span in spans:
+        sizes[span.layer] = max(sizes[span.layer], span.stop)
+    return {layer: torch.zeros(num_rows, size, device=device) for layer, size in sizes.items()}
 
 
 def _mask(
