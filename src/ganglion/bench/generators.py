@@ -12,6 +12,7 @@ import torch
 
 from ganglion.clock import RealClock
 from ganglion.engine.language import Ended, Event, LanguageEngine
+from ganglion.engine.language_policy import Policy, chunked
 from ganglion.errors import GanglionError
 from ganglion.generation import GenerateRequest, Sampling, TokenDelta
 from ganglion.layout import PoolLayout
@@ -47,7 +48,13 @@ class Pages:
     """Ledger, arena and engine around one model."""
 
     def __init__(
-        self, model: LanguageModel, *, arena_bytes: int, max_rows: int, max_batch_tokens: int = 2048
+        self,
+        model: LanguageModel,
+        *,
+        arena_bytes: int,
+        max_rows: int,
+        max_batch_tokens: int = 2048,
+        policy: Policy = chunked,
     ) -> None:
         layouts = tuple(group.layout for group in model.groups)
         large_page_bytes = max(MIB, *(layout.page_bytes for layout in layouts))
@@ -65,6 +72,7 @@ class Pages:
             RealClock(),
             max_rows=max_rows,
             cost=MeasuredCost(),
+            policy=policy,
             max_batch_tokens=max_batch_tokens,
         )
         self._ids = itertools.count(1)

@@ -26,6 +26,7 @@ BENCHES: dict[str, str] = {
     "prefill": "ganglion.bench.prefill:run",
     "prefix": "ganglion.bench.prefix:run",
     "concurrency": "ganglion.bench.concurrency:run",
+    "layered": "ganglion.bench.layered:run",
     "mixed": "ganglion.bench.mixed:run",
 }
 TITLES: dict[str, str] = {
@@ -46,6 +47,7 @@ TITLES: dict[str, str] = {
     "prefill": "Prompt tokens of language models, against other engines",
     "prefix": "The first token behind a prefix that is in pages",
     "concurrency": "Sequences under way at equal bytes",
+    "layered": "Long prompts cut by layers, against cut by tokens",
     "mixed": "Robots beside a stream of long prompts",
 }
 
@@ -340,6 +342,20 @@ CLAIMS: tuple[Claim, ...] = (
         bar=3.0,
         is_lower_better=False,
         unit="x",
+    ),
+    Claim(
+        bench="layered",
+        metric="expert_bytes_ratio",
+        text="expert bytes read per prompt token beside 4 decodes, layered over chunked prefill",
+        bar=0.7,
+        is_lower_better=True,
+    ),
+    Claim(
+        bench="layered",
+        metric="tbt_p99_ratio",
+        text="p99 time between tokens of those decodes, layered over chunked prefill",
+        bar=1.0,
+        is_lower_better=True,
     ),
     Claim(
         bench="mixed",
