@@ -27,10 +27,11 @@ class GrammarKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar:
-    """What the text of a choice must match."""
+    """What the text of a choice must match. `path`: the field that it was read from, for errors; "" where there is none."""
 
     kind: GrammarKind
     text: str
+    path: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

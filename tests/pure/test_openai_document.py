@@ -1,6 +1,7 @@
 """The document at /openapi.json is true: every field that it names is read, and what it allows is taken."""
 
 import pytest
+from starlette.routing import Route
 
 from ganglion.errors import GanglionError
 from ganglion.serve.fake_language import FakeLanguageService
@@ -26,9 +27,8 @@ TOOL = {"type": "function", "function": {"name": "stop"}}
 BESIDE = {
     "top_logprobs": {"logprobs": True},
     "stream_options": {"stream": True},
-    "stop_token_ids": {},
-    "best_of": {"n": 1},
 }
+NUMBERS = {"integer", "number"}
 VALUES = {
     "model": "echo",
     "messages": [{"role": "user", "content": "x"}],
@@ -36,7 +36,6 @@ VALUES = {
     "tools": [TOOL],
     "logit_bias": {"65": 1},
     "text": {"format": {"type": "text"}},
-    "best_of": 1,
     "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},
 }
 
@@ -49,7 +48,8 @@ def least(schema):
         return least(schema["anyOf"][0])
     if "enum" in schema:
         return schema["enum"][0]
-    match schema["type"]:
+    kind = schema["type"]
+    match kind[0] if isinstance(kind, list) else kind:
         case "string":
             return "x" * schema.get("minLength", 1)
         case "boolean":
@@ -60,6 +60,11 @@ def least(schema):
             return {name: least(schema["properties"][name]) for name in schema.get("required", ())}
         case _:
             return schema["minimum"]
+
+
+def types_of(schema):
+    kind = schema.get("type", ())
+    return [kind] if isinstance(kind, str) else kind
 
 
 def fields_of(name):
@@ -86,7 +91,7 @@ def test_every_field_is_read(name, field):
         (request, field)
         for request in READERS
         for field, schema in SCHEMAS[request]["properties"].items()
-        if schema.get("type") in ("integer", "number")
+        if NUMBERS & set(types_of(schema))
     ],
 )
 def test_numbers_past_the_limits_are_refused(name, field):
@@ -101,8 +106,9 @@ def test_paths_are_those_that_are_served():
     served = {
         route.path.replace(":path", "")
         for route in openai_routes(FakeLanguageService(), policy=None)
+        if isinstance(route, Route)
     }
-    assert served - {"/openapi.json", "/v1/{path}"} == openapi_body()["paths"].keys()
+    assert served - {"/openapi.json"} == openapi_body()["paths"].keys()
 
 
 def test_references_lead_somewhere():

@@ -212,7 +212,7 @@ def _read_prompts(fields: Fields, chosen: Chosen) -> list[tuple[int, ...]]:
         return [_encoded(value, "prompt", chosen)]
     if not isinstance(value, list) or not value:
         raise fields.wrong("prompt", expected)
-    if isinstance(value[0], int):
+    if isinstance(value[0], int | float):
         return [_read_ids(value, "prompt", spec)]
     if len(value) > MAX_PROMPTS:
         raise fields.wrong("prompt", expected)

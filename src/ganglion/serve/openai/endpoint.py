@@ -17,7 +17,15 @@ from starlette.types import Receive, Scope, Send
 from ganglion.errors import CancelledError, GanglionError, InternalError
 from ganglion.serve.openai.answer import Prepared, sum_usage
 from ganglion.serve.openai.fields import parse_json
-from ganglion.serve.openai.refusal import ApiError, code_of, error_body, headers_of, status_of
+from ganglion.serve.openai.refusal import (
+    ApiError,
+    code_of,
+    error_body,
+    headers_of,
+    in_words_of,
+    refused_method,
+    status_of,
+)
 from ganglion.serve.openai.run import Item, Run
 from ganglion.serve.refusal import header
 from ganglion.service import LanguageService
@@ -191,6 +199,8 @@ class _Reply:
         """As a status where nothing was sent yet, else as the last event."""
         if self._is_closed:
             return
+        if self._prepared is not None:
+            error = in_words_of(error, self._prepared.requests)
         if not self._is_begun or self._prepared is None:
             await send_error(self._send, error, self.request_id)
         else:
@@ -248,10 +258,7 @@ async def send_error(send: Send, error: GanglionError, request_id: str) -> None:
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     """The whole body of a POST. Raises ApiError: 405 other methods, 413 too long, 408 too slow, 400 cut off."""
     if scope["method"] != "POST":
-        raise ApiError(
-            405, f"{scope['method']} is not for {scope['path']}", code="method_not_allowed",
-            next_step="use POST",
-        )  # fmt: skip
+        raise refused_method(scope["method"], scope["path"], allow=("POST",))
     length = header(scope, b"content-length")
     too_large = ApiError(
         413, f"the body is larger than {max_bytes} bytes", code="request_too_large",

@@ -70,6 +70,17 @@ class Fields:
             raise self.wrong(name, f"a string of at most {max_length} characters")
         return value
 
+    def json_text(self, name: str) -> Any:
+        """What a string holds as JSON, checked as a body is: depth, NaN, half surrogate pairs."""
+        text = self.text(name)
+        if text is None:
+            raise self.wrong(name, "a string of JSON")
+        try:
+            return parse_json(text.encode())
+        except WireError as error:
+            expected = f"JSON of at most {MAX_DEPTH} levels"
+            raise FieldError(self.at(name), expected=expected, got=repr(text)[:80]) from error
+
     def choice(self, name: str, choices: Collection[str]) -> str | None:
         """One of a few words."""
         value = self.raw(name)

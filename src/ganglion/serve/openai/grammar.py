@@ -71,7 +71,8 @@ def read_structure(fields: Fields) -> Grammar | None:
     match found[0]:
         case "json":
             value = inner.raw("json")
-            return schema_grammar(_parsed(value, inner.at("json")), inner.at("json"))
+            schema = inner.json_text("json") if isinstance(value, str) else value
+            return schema_grammar(schema, inner.at("json"))
         case "choice":
             rows = inner.rows("choice", low=1, high=MAX_ALTERNATIVES) or []
             if not all(isinstance(row, str) and row for row in rows):
@@ -158,17 +159,8 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _parsed(value: object, path: str) -> object:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise FieldError(path, expected="a JSON Schema", got=f"{error}"[:80]) from None
-
-
 def _bounded(kind: GrammarKind, text: str, path: str) -> Grammar:
     if not 0 < len(text) <= MAX_GRAMMAR_LENGTH:
         expected = f"1..{MAX_GRAMMAR_LENGTH} characters of grammar"
         raise FieldError(path, expected=expected, got=f"{len(text)}")
-    return Grammar(kind=kind, text=text)
+    return Grammar(kind=kind, text=text, path=path)

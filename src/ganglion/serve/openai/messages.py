@@ -103,6 +103,8 @@ def _read_calls(fields: Fields) -> tuple[Mapping[str, object], ...]:
         )
         if name is None or arguments is None:
             raise function.wrong("name" if name is None else "arguments", "a string")
+        if arguments.strip():
+            function.json_text("arguments")  # templates show it as an object
         call_id = call.text("id", max_length=MAX_ID_LENGTH) or ""
         calls.append(tool_call(call_id, name, arguments))
     return tuple(calls)

@@ -8,9 +8,11 @@ from typing import Any
 
 from ganglion import __version__
 from ganglion.serve.openai.completions import MAX_PROMPTS
-from ganglion.serve.openai.messages import MAX_MESSAGES, ROLES
-from ganglion.serve.openai.responses import INCLUDES
+from ganglion.serve.openai.grammar import MAX_ALTERNATIVES, MAX_GRAMMAR_LENGTH, NAME
+from ganglion.serve.openai.messages import MAX_CALLS, MAX_ID_LENGTH, MAX_MESSAGES, MAX_PARTS, ROLES
+from ganglion.serve.openai.responses import INCLUDES, MAX_INCLUDES
 from ganglion.serve.openai.sampling import (
+    MAX_BIASES,
     MAX_CHOICES,
     MAX_LOGPROBS,
     MAX_SALT_LENGTH,
@@ -26,7 +28,10 @@ Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
 FLAG: Schema = {"type": "boolean"}
 ANY: Schema = {"type": "object"}
-TOKEN_IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+TOKEN: Schema = {"type": "integer", "minimum": 0, "maximum": MAX_TOKENS}
+TOKEN_IDS: Schema = {"type": "array", "items": TOKEN}
+PROMPT_IDS: Schema = TOKEN_IDS | {"minItems": 1}
+NAMED_TEXT: Schema = {"type": "string", "minLength": 1}
 
 
 def _integer(low: int, high: int) -> Schema:
@@ -57,11 +62,48 @@ def _object(required: tuple[str, ...] = (), **properties: Schema) -> Schema:
     return {"type": "object", "properties": properties, "required": list(required)}
 
 
+def _asked(required: tuple[str, ...] = (), **properties: Schema) -> Schema:
+    """An object of a request: what may be left out may be null as well."""
+    fields = {
+        name: schema if name in required else _nullable(schema)
+        for name, schema in properties.items()
+    }
+    return _object(required, **fields)
+
+
+def _nullable(schema: Schema) -> Schema:
+    if "anyOf" in schema:
+        return schema | {"anyOf": [*schema["anyOf"], {"type": "null"}]}
+    if "$ref" in schema:
+        return _either(schema, {"type": "null"})
+    words = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
+    return schema | words | {"type": [schema["type"], "null"]}
+
+
+def _named(**texts: Schema) -> Schema:
+    """An object of exactly these fields among those that only one may be of."""
+    return _object(tuple(texts), **texts)
+
+
 STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+ID = {"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH}
+NAME_TEXT = {"type": "string", "pattern": f"^{NAME.pattern}$"}  # of a function or a schema
 COUNT = _integer(1, MAX_TOKENS)
-CONTENT = _either(TEXT, _list(_object(("type", "text"), type=_words("text"), text=TEXT), 256))
-STREAM_OPTIONS = _object((), include_usage=FLAG, include_obfuscation=FLAG)
-STRUCTURE = _object((), json=_either(ANY, TEXT), regex=TEXT, choice=_list(TEXT, 256), grammar=TEXT)
+CONTENT = _either(
+    TEXT,
+    _list(
+        _asked(("type", "text"), type=_words("text", "input_text", "output_text"), text=TEXT),
+        MAX_PARTS,
+    ),
+)
+STREAM_OPTIONS = _asked((), include_usage=FLAG, include_obfuscation=FLAG)
+GRAMMAR = {"type": "string", "minLength": 1, "maxLength": MAX_GRAMMAR_LENGTH}
+STRUCTURE = _either(
+    _named(json=_either(ANY, TEXT)),
+    _named(regex=GRAMMAR),
+    _named(choice=_list(NAMED_TEXT, MAX_ALTERNATIVES, 1)),
+    _named(grammar=GRAMMAR),
+)
 SAMPLING: dict[str, Schema] = {
     "temperature": _number(0, 2),
     "top_p": _number(0, 1),
@@ -70,7 +112,12 @@ SAMPLING: dict[str, Schema] = {
     "repetition_penalty": _number(0.01, 10),
     "presence_penalty": _number(-2, 2),
     "frequency_penalty": _number(-2, 2),
-    "logit_bias": {"type": "object", "additionalProperties": _number(-100, 100)},
+    "logit_bias": {
+        "type": "object",
+        "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+        "additionalProperties": _nullable(_number(-100, 100)),
+        "maxProperties": MAX_BIASES,
+    },
     "seed": _integer(-(2**63), 2**63 - 1),
     "stop": _either(STOP, _list(STOP, MAX_STOPS)),
     "stop_token_ids": TOKEN_IDS | {"maxItems": MAX_STOPS},
@@ -79,37 +126,72 @@ SAMPLING: dict[str, Schema] = {
     "structured_outputs": STRUCTURE,
     "cache_salt": {"type": "string", "maxLength": MAX_SALT_LENGTH},
     "stream": FLAG,
-    "stream_options": STREAM_OPTIONS,
+    "stream_options": STREAM_OPTIONS | {"description": "only with `stream: true`"},
     "user": TEXT,
     "service_tier": _words(*SERVICE_TIERS),
 }
-FUNCTION = _object(("name",), name=TEXT, description=TEXT, parameters=ANY, strict=FLAG)
-TOOLS = _list(_object(("type", "function"), type=_words("function"), function=FUNCTION), MAX_TOOLS)
-FLAT_TOOL = _object(
-    ("type", "name"), type=_words("function"), name=TEXT, description=TEXT, parameters=ANY, strict=FLAG
+PARAMETERS = {"type": "object", "properties": {"type": {"enum": ["object", None]}}}
+FUNCTION = _asked(("name",), name=NAME_TEXT, description=TEXT, parameters=PARAMETERS, strict=FLAG)
+TOOLS = _list(_asked(("type", "function"), type=_words("function"), function=FUNCTION), MAX_TOOLS)
+FLAT_TOOL = _asked(
+    ("type", "name"), type=_words("function"), name=NAME_TEXT, description=TEXT, parameters=PARAMETERS, strict=FLAG
 )  # fmt: skip
-NAMED = _object(("name",), name=TEXT)
+NAMED = _object(("name",), name=NAME_TEXT)
+NAMED_TOOL = _object(("type", "function"), type=_words("function"), function=NAMED)
+NAMED_FLAT_TOOL = _object(("type", "name"), type=_words("function"), name=NAME_TEXT)
+ALLOWED = {"type": _words("allowed_tools"), "mode": _words("auto", "required")}
 TOOL_CHOICE = _either(
     _words(*MODES),
-    _object(("type", "function"), type=_words("function"), function=NAMED),
-    _object(("type", "allowed_tools"), type=_words("allowed_tools"), allowed_tools=ANY),
+    NAMED_TOOL,
+    _object(
+        ("type", "allowed_tools"),
+        type=ALLOWED["type"],
+        allowed_tools=_object(
+            ("mode", "tools"), mode=ALLOWED["mode"], tools=_list(NAMED_TOOL, MAX_TOOLS, 1)
+        ),
+    ),
 )
 FLAT_TOOL_CHOICE = _either(
     _words(*MODES),
-    _object(("type", "name"), type=_words("function"), name=TEXT),
-    _object(
-        ("type", "mode", "tools"), type=_words("allowed_tools"), mode=_words("auto", "required"),
-        tools=_list(ANY, MAX_TOOLS, 1),
+    NAMED_FLAT_TOOL,
+    _object(("type", "mode", "tools"), **ALLOWED, tools=_list(NAMED_FLAT_TOOL, MAX_TOOLS, 1)),
+)
+NAMED_SCHEMA = {"name": NAME_TEXT, "description": TEXT, "schema": ANY, "strict": FLAG}
+FREE_FORMAT = _object(("type",), type=_words("text", "json_object"))
+SCHEMA_KIND = _words("json_schema")
+FORMAT = _either(
+    FREE_FORMAT,
+    _object(("type", "json_schema"), type=SCHEMA_KIND, json_schema=_asked(("name",), **NAMED_SCHEMA)),
+)  # fmt: skip
+FLAT_FORMAT = _either(FREE_FORMAT, _asked(("type", "name"), type=SCHEMA_KIND, **NAMED_SCHEMA))
+CALL = _asked(
+    ("type", "function"), id={"type": "string", "maxLength": MAX_ID_LENGTH}, type=_words("function"),
+    function=_object(("name", "arguments"), name={"type": "string", "maxLength": MAX_ID_LENGTH}, arguments=TEXT),
+)  # fmt: skip
+SPEAKER = {"name": {"type": "string", "maxLength": MAX_ID_LENGTH}}
+ASKING_ROLES = tuple(role for role, plain in ROLES.items() if plain in ("system", "user"))
+MESSAGE = _either(
+    _asked(("role", "content"), role=_words(*ASKING_ROLES), content=CONTENT, **SPEAKER),
+    _asked(
+        ("role", "content"), role=_words("assistant"), content=CONTENT,
+        tool_calls=_list(CALL, MAX_CALLS), **SPEAKER,
     ),
+    _asked(
+        ("role", "tool_calls"), role=_words("assistant"), content=CONTENT,
+        tool_calls=_list(CALL, MAX_CALLS, 1), **SPEAKER,
+    ),
+    _asked(("role", "content", "tool_call_id"), role=_words("tool"), content=CONTENT, tool_call_id=ID, **SPEAKER),
 )  # fmt: skip
-NAMED_SCHEMA = {"name": TEXT, "description": TEXT, "schema": ANY, "strict": FLAG}
-KINDS_OF_FORMAT = _words("text", "json_object", "json_schema")
-FORMAT = _object(
-    ("type",), type=KINDS_OF_FORMAT, json_schema=_object(("name",), **NAMED_SCHEMA)
-)  # fmt: skip
-CALL = _object(
-    ("id", "type", "function"), id=TEXT, type=_words("function"),
-    function=_object(("name", "arguments"), name=TEXT, arguments=TEXT),
+ITEM = _either(
+    _asked(("role", "content"), type=_words("message"), role=_words(*ROLES), content=CONTENT),
+    _object(
+        ("type", "call_id", "name", "arguments"),
+        type=_words("function_call"), call_id=ID, name=ID, arguments=TEXT,
+    ),
+    _object(
+        ("type", "call_id", "output"), type=_words("function_call_output"), call_id=ID, output=CONTENT
+    ),
+    _object(("type",), type=_words("reasoning")),
 )  # fmt: skip
 USAGE = _object(
     ("prompt_tokens", "completion_tokens", "total_tokens"),
@@ -125,7 +207,7 @@ SCHEMAS: dict[str, Schema] = {
             message=TEXT, type=TEXT, param={"type": ["string", "null"]}, code=TEXT,
         ),
     ),
-    "ChatRequest": _object(
+    "ChatRequest": _asked(
         ("messages",),
         model=TEXT,
         messages=_list(_ref("Message"), MAX_MESSAGES, 1),
@@ -140,22 +222,20 @@ SCHEMAS: dict[str, Schema] = {
         parallel_tool_calls=FLAG,
         **SAMPLING,
     ),
-    "Message": _object(
-        ("role",), role=_words(*ROLES), content=CONTENT, name=TEXT, tool_call_id=TEXT,
-        tool_calls=_list(CALL, 128),
-    ),
+    "Message": MESSAGE,
     "ChatAnswer": _object(
         ("id", "object", "created", "model", "choices"),
         id=TEXT, object=_words("chat.completion"), created={"type": "integer"}, model=TEXT,
         choices={"type": "array", "items": ANY}, usage=USAGE,
     ),
-    "CompletionRequest": _object(
+    "CompletionRequest": _asked(
         ("prompt",),
         model=TEXT,
-        prompt=_either(TEXT, TOKEN_IDS, _list(_either(TEXT, TOKEN_IDS), MAX_PROMPTS, 1)),
+        prompt=_either(
+            NAMED_TEXT, PROMPT_IDS, _list(_either(NAMED_TEXT, PROMPT_IDS), MAX_PROMPTS, 1)
+        ),
         max_tokens=_integer(0, MAX_TOKENS),
         n=_integer(1, MAX_CHOICES),
-        best_of=_integer(1, MAX_CHOICES),
         echo=FLAG,
         logprobs=_integer(0, MAX_LOGPROBS),
         **SAMPLING,
@@ -165,15 +245,15 @@ SCHEMAS: dict[str, Schema] = {
         id=TEXT, object=_words("text_completion"), created={"type": "integer"}, model=TEXT,
         choices={"type": "array", "items": ANY}, usage=USAGE,
     ),
-    "ResponseRequest": _object(
+    "ResponseRequest": _asked(
         ("input",),
         model=TEXT,
-        input=_either(TEXT, _list(ANY, MAX_MESSAGES, 1)),
+        input=_either(TEXT, _list(_ref("Item"), MAX_MESSAGES, 1)),
         instructions=TEXT,
         max_output_tokens=COUNT,
         top_logprobs=_integer(0, MAX_LOGPROBS),
-        include=_list(_words(*INCLUDES), 16),
-        text=_object((), format=_object(("type",), type=KINDS_OF_FORMAT, **NAMED_SCHEMA)),
+        include=_list(_words(*INCLUDES), MAX_INCLUDES),
+        text=_asked((), format=FLAT_FORMAT),
         tools=_list(FLAT_TOOL, MAX_TOOLS),
         tool_choice=FLAT_TOOL_CHOICE,
         parallel_tool_calls=FLAG,
@@ -181,21 +261,25 @@ SCHEMAS: dict[str, Schema] = {
         truncation=_words("disabled"),
         **SAMPLING,
     ),
+    "Item": ITEM,
     "ResponseAnswer": _object(
         ("id", "object", "created_at", "model", "status", "output"),
         id=TEXT, object=_words("response"), created_at={"type": "integer"}, model=TEXT,
         status=_words("completed", "incomplete", "failed", "in_progress"),
         output={"type": "array", "items": ANY}, usage=ANY,
     ),
-    "TokenizeRequest": _object(
-        (), model=TEXT, prompt=TEXT, messages=_list(_ref("Message"), MAX_MESSAGES, 1), tools=TOOLS,
-        return_token_strs=FLAG,
+    "TokenizeRequest": _either(
+        _asked(("prompt",), model=TEXT, prompt=TEXT, return_token_strs=FLAG),
+        _asked(
+            ("messages",), model=TEXT, messages=_list(_ref("Message"), MAX_MESSAGES, 1), tools=TOOLS,
+            return_token_strs=FLAG,
+        ),
     ),
     "TokenizeAnswer": _object(
         ("count", "max_model_len", "tokens"), count={"type": "integer"},
         max_model_len={"type": "integer"}, tokens=TOKEN_IDS, token_strs=_list(TEXT, MAX_TOKENS),
     ),
-    "DetokenizeRequest": _object(("tokens",), model=TEXT, tokens=TOKEN_IDS),
+    "DetokenizeRequest": _asked(("tokens",), model=TEXT, tokens=TOKEN_IDS),
     "DetokenizeAnswer": _object(("prompt",), prompt=TEXT),
     "Model": _object(
         ("id", "object", "created", "owned_by", "kind"), id=TEXT, object=_words("model"),

@@ -5,6 +5,7 @@ or an address: a defect of ours is an id, whose details stand in the log.
 """
 
 import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ganglion.errors import (
@@ -12,9 +13,11 @@ from ganglion.errors import (
     FieldError,
     GanglionError,
     InternalError,
+    ModelUnavailableError,
     OverloadedError,
     UnsupportedFieldError,
 )
+from ganglion.generation import GenerateRequest, GrammarKind
 
 # Which status a client gets. openai's own client tries 408, 409, 429 and 5xx again by itself, nothing else.
 STATUSES: dict[ErrorCode, int] = {
@@ -24,6 +27,7 @@ STATUSES: dict[ErrorCode, int] = {
     ErrorCode.UNAUTHORIZED: 401,
     ErrorCode.OVERLOADED: 429,
     ErrorCode.OUT_OF_PAGES: 503,
+    ErrorCode.MODEL_UNAVAILABLE: 503,
     ErrorCode.DEADLINE_MISSED: 503,
     ErrorCode.CANCELLED: 503,
 }
@@ -44,10 +48,41 @@ class ApiError(GanglionError):
     """
 
     def __init__(
-        self, status: int, message: str, *, code: str, param: str | None = None, next_step: str = ""
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        next_step: str = "",
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message, next_step=next_step)
         self.status, self.param, self.api_code = status, param, code
+        self.headers = dict(headers or {})
+
+
+def refused_method(method: str, path: str, *, allow: Collection[str]) -> ApiError:
+    """405, with the methods that are served."""
+    return ApiError(
+        405,
+        f"Not allowed to {method[:16]} on {path[:200]}",
+        code="method_not_allowed",
+        next_step=f"use {' or '.join(allow)}",
+        headers={"allow": ", ".join(allow)},
+    )
+
+
+def in_words_of(error: GanglionError, requests: Sequence[GenerateRequest]) -> GanglionError:
+    """The same error, named by the field that was sent: who compiles grammars knows only of which kind they are."""
+    if isinstance(error, FieldError) and error.field in set(GrammarKind):
+        for request in requests:
+            grammar = request.sampling.grammar
+            if grammar is not None and grammar.kind == error.field and grammar.path:
+                return FieldError(
+                    grammar.path, expected=error.expected, got=error.got, next_step=error.advice
+                )
+    return error
 
 
 def status_of(error: GanglionError) -> int:
@@ -58,8 +93,10 @@ def status_of(error: GanglionError) -> int:
 
 
 def headers_of(error: GanglionError) -> dict[str, str]:
-    """`Retry-After`, in whole seconds, where coming back helps."""
-    if isinstance(error, OverloadedError):
+    """What the error brings along; `Retry-After`, in whole seconds, where coming back helps."""
+    if isinstance(error, ApiError):
+        return error.headers
+    if isinstance(error, OverloadedError | ModelUnavailableError):
         return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
     return {"retry-after": "1"} if status_of(error) == 503 else {}
 

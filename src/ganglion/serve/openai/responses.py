@@ -126,6 +126,8 @@ def _read_item(item: Fields) -> ChatMessage | None:
             arguments = item.text("arguments")
             if arguments is None:
                 raise item.wrong("arguments", "a string")
+            if arguments.strip():
+                item.json_text("arguments")  # templates show it as an object
             call = tool_call(call_id, name, arguments)
             return ChatMessage(role="assistant", content="", tool_calls=(call,))
         case "function_call_output":

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from starlette.datastructures import URLPath
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, NoMatchFound, Route
+from starlette.types import Receive, Scope, Send
 
 from ganglion.errors import GanglionError
 from ganglion.serve.openai.answer import Prepared
@@ -18,7 +20,13 @@ from ganglion.serve.openai.chat import ChatReader
 from ganglion.serve.openai.completions import CompletionReader
 from ganglion.serve.openai.endpoint import GenerateEndpoint, JsonEndpoint, json_bytes
 from ganglion.serve.openai.openapi import openapi_body
-from ganglion.serve.openai.refusal import ApiError, error_body, status_of
+from ganglion.serve.openai.refusal import (
+    ApiError,
+    error_body,
+    headers_of,
+    refused_method,
+    status_of,
+)
 from ganglion.serve.openai.responses import ResponseReader
 from ganglion.serve.openai.tokens import TokenReader
 from ganglion.service import LanguageService
@@ -26,6 +34,8 @@ from ganglion.spec import PolicySpec
 from ganglion.units import MIB
 
 MAX_BODY_BYTES = 8 * MIB
+MODELS_PATH = "/v1/models"
+READING = ("GET", "HEAD")
 
 Read = Callable[[object, int], Prepared]
 
@@ -70,22 +80,47 @@ def openai_routes(language: LanguageService, *, policy: PolicySpec | None) -> li
         compute("/tokenize", tokens.tokenize),
         compute("/detokenize", tokens.detokenize),
         Route("/openapi.json", document),
-        Route("/v1/models", models),
-        Route("/v1/models/{name:path}", model),
+        Route(MODELS_PATH, models),
+        Route(MODELS_PATH + "/{name:path}", model),
         *missing_routes("what is served is listed at /openapi.json"),
     ]
 
 
 def missing_routes(next_step: str) -> list[BaseRoute]:
-    """Any other path under `/v1`: a refusal in OpenAI's shape, which says what to do instead."""
+    """Any other path or method under `/v1`: a refusal in OpenAI's shape, which says what to do instead."""
+    return [_Missing(next_step)]
 
-    async def missing(request: Request) -> Response:
-        url = f"{request.method} {request.url.path[:200]}"
-        error = ApiError(404, f"Invalid URL ({url})", code="unknown_url", next_step=next_step)
-        return _json(error_body(error, ""), 404)
 
-    methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
-    return [Route("/v1/{path:path}", missing, methods=methods)]
+class _Missing(BaseRoute):
+    """Comes last. No pattern of Starlette's: those leave paths out that hold a line feed."""
+
+    def __init__(self, next_step: str) -> None:
+        self._next_step = next_step
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Anything below `/v1`, however it is asked for."""
+        is_ours = scope["type"] == "http" and scope["path"].startswith("/v1/")
+        return (Match.FULL if is_ours else Match.NONE), {}
+
+    def url_path_for(self, name: str, /, **path_params: Any) -> URLPath:
+        """It has no name."""
+        raise NoMatchFound(name, path_params)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """404, or 405 where another method is served."""
+        path, method = scope["path"], scope["method"]
+        is_model = path == MODELS_PATH or path.startswith(MODELS_PATH + "/")
+        if is_model and method not in READING:
+            error = refused_method(method, path, allow=READING)
+        else:
+            error = ApiError(
+                404,
+                f"Invalid URL ({method} {path[:200]})",
+                code="unknown_url",
+                next_step=self._next_step,
+            )
+        response = _json(error_body(error, ""), error.status, headers_of(error))
+        await response(scope, receive, send)
 
 
 def unix_s() -> int:
@@ -98,5 +133,7 @@ def _policy_body(policy: PolicySpec, created_s: int) -> dict[str, Any]:
     return head | {"kind": "policy"} | policy.metadata()
 
 
-def _json(body: Mapping[str, Any], status: int = 200) -> Response:
-    return Response(json_bytes(body), status, media_type="application/json")
+def _json(
+    body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    return Response(json_bytes(body), status, headers, media_type="application/json")

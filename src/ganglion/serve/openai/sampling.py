@@ -126,13 +126,14 @@ def room_for(
 
 
 def read_token(value: object, path: str, spec: LanguageSpec) -> int:
-    """One token id of this model."""
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not is_whole or not 0 <= value < spec.vocab_size:  # type: ignore[operator]
+    """One token id of this model. 3.0 is one, as JSON Schema has it."""
+    token = int(value) if isinstance(value, float) and value.is_integer() else value
+    is_whole = isinstance(token, int) and not isinstance(token, bool)
+    if not is_whole or not 0 <= token < spec.vocab_size:  # type: ignore[operator]
         raise FieldError(
             path, expected=f"a token id in 0..{spec.vocab_size - 1}", got=describe(value)
         )
-    return value  # type: ignore[return-value]
+    return token  # type: ignore[return-value]
 
 
 def read_tenant(fields: Fields) -> str:
