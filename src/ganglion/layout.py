@@ -24,6 +24,7 @@ class PageKind(StrEnum):
     KV = "kv"
     FEATURE = "feature"
     STATE = "state"
+    ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,34 +4,28 @@ Made by `decoder_load` (or with random weights, by training), driven by the engi
 KvSpace. Dimension names: token (of all rows), width, head, kv (key and value heads), dim, half, vocab.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 from math import prod
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ganglion.generation import LanguageSpec
 from ganglion.layout import DTYPE_BYTES, PageKind, PageLayout
 from ganglion.models.decoder_spec import DecoderSpec, QkNorm
 from ganglion.models.language import KvGroup, KvSpace
 from ganglion.models.layers import Linear
+from ganglion.models.lora import LayerDeltas, LoraBatch
 from ganglion.models.mla import Mla
 from ganglion.models.moe import Moe
-from ganglion.models.moe_spec import Activation
 from ganglion.models.packed_experts import pack_experts
-from ganglion.models.packed_mlp import packed_mlp
+from ganglion.models.packed_mlp import ACTIVATIONS, packed_mlp
 from ganglion.models.packing import pack
 from ganglion.models.rotary import Rotation, frequencies, rotate, rotation
 
 _MAX_SLOTS = 16
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    Activation.SILU: functional.silu,
-    Activation.GELU: functional.gelu,
-    Activation.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
-}
 
 
 def rms_norm(
@@ -83,9 +77,12 @@ class Attention(nn.Module):
         x: Float[Tensor, "token width"],
         by: Rotation | None,
         kv: KvSpace,
+        deltas: LayerDeltas | None = None,
     ) -> Float[Tensor, "token width"]:
         heads, kv_heads, dim = self._heads
         rows: Tensor = self.qkv(x)
+        if deltas is not None:
+            deltas.add("attention.qkv", x, rows)
         if self._qk_norm == QkNorm.ALL:
             query, key, value = torch.split(rows, list(self._sizes), dim=-1)
             rows = torch.cat([self.q_norm(query), self.k_norm(key), value], dim=-1)
@@ -111,7 +108,10 @@ class Attention(nn.Module):
             sinks=self.sinks,
             softcap=self._softcap,
         )
-        out: Tensor = self.out(attended.flatten(1))
+        inner = attended.flatten(1)
+        out: Tensor = self.out(inner)
+        if deltas is not None:
+            deltas.add("attention.out", inner, out)
         return out
 
 
@@ -124,9 +124,17 @@ class GatedMlp(nn.Module):
         self.down = Linear(spec.mlp_width, spec.width, bias=spec.has_mlp_bias, dtype=dtype)
         self.activation = spec.activation
 
-    def forward(self, x: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(_ACTIVATIONS[self.activation](gate) * up)
+    def forward(
+        self, x: Float[Tensor, "token width"], deltas: LayerDeltas | None = None
+    ) -> Float[Tensor, "token width"]:
+        gate_up = self.gate_up(x)
+        if deltas is not None:
+            deltas.add("mlp.gate_up", x, gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner = ACTIVATIONS[self.activation](gate) * up
+        out: Tensor = self.down(inner)
+        if deltas is not None:
+            deltas.add("mlp.down", inner, out)
         return out
 
 
@@ -155,12 +163,15 @@ class DecoderLayer(nn.Module):
         hidden: Float[Tensor, "token width"],
         by: Rotation | None,
         kv: KvSpace,
+        deltas: LayerDeltas | None = None,
     ) -> Float[Tensor, "token width"]:
-        out: Tensor = self.attention(self.attention_norm(hidden), by, kv)
+        out: Tensor = self.attention(self.attention_norm(hidden), by, kv, deltas)
         if self.attention_post_norm is not None:
             out = self.attention_post_norm(out)
         hidden = hidden + out
-        out = self.mlp(self.mlp_norm(hidden))
+        x = self.mlp_norm(hidden)
+        is_adapted = deltas is not None and deltas.touches("mlp.gate_up", "mlp.down")
+        out = self.mlp(x, deltas) if is_adapted else self.mlp(x)
         if self.mlp_post_norm is not None:
             out = self.mlp_post_norm(out)
         return hidden + out
@@ -246,6 +257,27 @@ class Decoder(nn.Module):
         layers: range,
     ) -> Float[Tensor, "token width"]:
         """As LanguageModel.run."""
+        return self._run(hidden, positions, kv, layers, None)
+
+    def run_adapted(
+        self,
+        hidden: Float[Tensor, "token width"],
+        positions: Int[Tensor, " token"],
+        kv: KvSpace,
+        layers: range,
+        adapters: LoraBatch,
+    ) -> Float[Tensor, "token width"]:
+        """As AdaptableModel.run_adapted."""
+        return self._run(hidden, positions, kv, layers, adapters)
+
+    def _run(
+        self,
+        hidden: Float[Tensor, "token width"],
+        positions: Int[Tensor, " token"],
+        kv: KvSpace,
+        layers: range,
+        adapters: LoraBatch | None,
+    ) -> Float[Tensor, "token width"]:
         specs = self.decoder_spec.layers
         rotations = {
             rope: rotation(frequency, positions, amplitude=rope.amplitude, dtype=hidden.dtype)
@@ -253,7 +285,9 @@ class Decoder(nn.Module):
         }
         for layer in layers:
             rope = specs[layer].rope
-            hidden = self.layers[layer](hidden, None if rope is None else rotations[rope], kv)
+            by = None if rope is None else rotations[rope]
+            deltas = None if adapters is None else adapters.of_layer(layer)
+            hidden = self.layers[layer](hidden, by, kv, deltas)
         return hidden
 
     def logits(self, hidden: Float[Tensor, "token width"]) -> Float[Tensor, "token vocab"]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ganglion.errors import CheckpointError
 from ganglion.models.language import KvSpace
+from ganglion.models.lora import LayerDeltas
 from ganglion.models.rotary import Rotation, rotate
 
 MLA_FAMILIES = ("deepseek_v2", "deepseek_v3")
@@ -124,31 +125,44 @@ class Mla(nn.Module):
         self.o_proj = nn.Linear(value_width, spec.width, bias=spec.has_bias, dtype=dtype)
 
     def forward(
-        self, x: Float[Tensor, "token width"], by: Rotation, kv: KvSpace
+        self,
+        x: Float[Tensor, "token width"],
+        by: Rotation,
+        kv: KvSpace,
+        deltas: LayerDeltas | None = None,
     ) -> Float[Tensor, "token width"]:
         """`by`: rotation at the tokens' positions of `rope_dim` numbers."""
         spec = self.spec
-        latent, position = torch.split(
-            self.kv_a_proj_with_mqa(x), [spec.kv_rank, spec.rope_dim], -1
-        )
+        kept = self._product("kv_a_proj_with_mqa", x, deltas)
+        latent, position = torch.split(kept, [spec.kv_rank, spec.rope_dim], -1)
         key = torch.cat(
             [self.kv_a_layernorm(latent), self._rotate(position[:, None], by)[:, 0]], -1
         )
         to_key, to_value = self._maps()
-        plain, turned = torch.split(self._query(x), [spec.nope_dim, spec.rope_dim], -1)
+        plain, turned = torch.split(self._query(x, deltas), [spec.nope_dim, spec.rope_dim], -1)
         asked = torch.bmm(plain.transpose(0, 1), to_key).transpose(0, 1)
         query = torch.cat([asked, self._rotate(turned, by)], dim=-1)
         found = kv.attend(self.layer, query, key[:, None], None, scale=spec.scale)
         value = torch.bmm(found.transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
-        out: Tensor = self.o_proj(value.flatten(1))
-        return out
+        return self._product("o_proj", value.flatten(1), deltas)
 
-    def _query(self, x: Float[Tensor, "token width"]) -> Float[Tensor, "token head nope_rope"]:
+    def _query(
+        self, x: Float[Tensor, "token width"], deltas: LayerDeltas | None
+    ) -> Float[Tensor, "token head nope_rope"]:
         if self.q_proj is not None:
-            query: Tensor = self.q_proj(x)
+            query = self._product("q_proj", x, deltas)
         else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+            narrow = self.q_a_layernorm(self._product("q_a_proj", x, deltas))
+            query = self._product("q_b_proj", narrow, deltas)
         return query.view(x.shape[0], self.spec.num_heads, -1)
+
+    def _product(
+        self, name: str, x: Float[Tensor, "token low"], deltas: LayerDeltas | None
+    ) -> Float[Tensor, "token high"]:
+        out: Tensor = self.get_submodule(name)(x)
+        if deltas is not None:
+            deltas.add(f"attention.{name}", x, out)
+        return out
 
     def absorb(self) -> None:
         """Lay the maps of the latent out for serving, instead of `kv_b_proj`: cannot be trained or saved then.

@@ -3,11 +3,15 @@
 Made by `decoder` from GatedMlp when a model is served; can neither be trained nor saved. Dimension names: token, width.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ganglion.kernels.cpu import PACK_NUM_ROWS, why_not_packed
+from ganglion.models.lora import LayerDeltas
 from ganglion.models.moe_spec import Activation
 
 MIN_WIDTH = 16  # below it the matrix units stand still
@@ -16,6 +20,11 @@ _FUSED = {  # of torch.ops.mkldnn._linear_pointwise: an activation, and how it i
     Activation.GELU: ("gelu", "none"),
     Activation.GELU_TANH: ("gelu", "tanh"),
 }
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.SILU: functional.silu,
+    Activation.GELU: functional.gelu,
+    Activation.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
+}
 
 
 class PackedGatedMlp(nn.Module):
@@ -23,7 +32,7 @@ class PackedGatedMlp(nn.Module):
 
     def __init__(self, gate_up: nn.Linear, down: nn.Linear, activation: Activation) -> None:
         super().__init__()
-        self._activation = _FUSED[activation]
+        self._activation, self._activate = _FUSED[activation], ACTIVATIONS[activation]
         gate, up = gate_up.weight.detach().chunk(2)
         self._gate, self._up, self._down = (
             torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_NUM_ROWS)
@@ -33,12 +42,35 @@ class PackedGatedMlp(nn.Module):
         self._gate_bias, self._up_bias = biases
         self._down_bias = None if down.bias is None else down.bias.detach()
 
-    def forward(self, x: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
+    def forward(
+        self, x: Float[Tensor, "token width"], deltas: LayerDeltas | None = None
+    ) -> Float[Tensor, "token width"]:
+        """`deltas`: added before the activation and behind it, which is then computed by itself."""
         linear = torch.ops.mkldnn._linear_pointwise
+        if deltas is not None:
+            return self._adapted(x, deltas)
         name, how = self._activation
         gated = linear.default(x, self._gate, self._gate_bias, name, [], how)
         inner = linear.binary(x, gated, self._up, self._up_bias, "mul")
         out: Tensor = linear.default(inner, self._down, self._down_bias, "none", [], "")
+        return out
+
+    def _adapted(
+        self, x: Float[Tensor, "token width"], deltas: LayerDeltas
+    ) -> Float[Tensor, "token width"]:
+        linear = torch.ops.mkldnn._linear_pointwise.default
+        gate_up = torch.cat(
+            [
+                linear(x, self._gate, self._gate_bias, "none", [], ""),
+                linear(x, self._up, self._up_bias, "none", [], ""),
+            ],
+            dim=-1,
+        )
+        deltas.add("mlp.gate_up", x, gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner = self._activate(gate) * up
+        out: Tensor = linear(inner, self._down, self._down_bias, "none", [], "")
+        deltas.add("mlp.down", inner, out)
         return out
 
 
