@@ -40,6 +40,10 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n\n{% endfor %}"
     "assistant:"
 )
+PLAIN_PARTS_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {% for part in message.content %}"
+    "{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}\n\n{% endfor %}assistant:"
+)
 
 
 class ChatTemplate:
@@ -51,9 +55,12 @@ class ChatTemplate:
         *,
         tool_source: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
+        is_in_parts: bool = False,
         today: Callable[[], datetime.datetime] = datetime.datetime.now,
     ) -> None:
+        """`is_in_parts`: the template reads content as a list of parts, of which pictures are some."""
         self._today, self._special_tokens = today, dict(special_tokens or {})
+        self._as_content = _parts if is_in_parts else _text
         self._local = threading.local()
         self._environment = _Environment()
         self._environment.globals["strftime_now"] = lambda form: self._today().strftime(form)
@@ -76,7 +83,7 @@ class ChatTemplate:
         num_characters = 0
         try:
             for part in template.generate(
-                messages=[_as_dict(message) for message in messages],
+                messages=[_as_dict(message, self._as_content) for message in messages],
                 tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=True,
@@ -116,10 +123,12 @@ class ChatTemplate:
             raise SecurityError(f"its loops take more than {MAX_LOOP_TURNS} turns")
 
 
-def read_chat_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate:
+def read_chat_template(
+    folder: Path, config: Mapping[str, Any], *, is_in_parts: bool = False
+) -> ChatTemplate:
     """The template of a model's folder: `chat_template.jinja`, or as `config` (tokenizer_config.json) has it, or the plain one.
 
-    Raises CheckpointError for one that cannot be read.
+    `is_in_parts`: as in ChatTemplate. Raises CheckpointError for one that cannot be read.
     """
     special_tokens = _special_tokens(config)
     named: dict[str, str] = {}
@@ -149,9 +158,10 @@ def read_chat_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate:
             except (OSError, UnicodeDecodeError) as error:
                 raise CheckpointError(f"{path}: not readable text: {error}") from error
     return ChatTemplate(
-        named.get("default", PLAIN_TEMPLATE),
+        named.get("default", PLAIN_PARTS_TEMPLATE if is_in_parts else PLAIN_TEMPLATE),
         tool_source=named.get("tool_use"),
         special_tokens=special_tokens,
+        is_in_parts=is_in_parts,
     )
 
 
@@ -166,9 +176,22 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _as_dict(message: ChatMessage) -> dict[str, Any]:
+def _text(message: ChatMessage) -> str:
+    return message.content
+
+
+def _parts(message: ChatMessage) -> list[dict[str, str]]:
+    """Pictures are only named: where they stand is all that a template says of them."""
+    parts = message.parts or (message.content,)
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        for part in parts
+    ]
+
+
+def _as_dict(message: ChatMessage, as_content: Callable[[ChatMessage], Any]) -> dict[str, Any]:
     """As templates know messages. Arguments of tool calls are objects there and JSON text in the API."""
-    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    found: dict[str, Any] = {"role": message.role, "content": as_content(message)}
     if message.name is not None:
         found["name"] = message.name
     if message.tool_call_id is not None:

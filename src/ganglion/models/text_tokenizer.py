@@ -48,8 +48,8 @@ class HfTextTokenizer:
         )
 
     @classmethod
-    def load(cls, folder: Path) -> "HfTextTokenizer":
-        """Read a model's folder. Raises CheckpointError."""
+    def load(cls, folder: Path, *, is_in_parts: bool = False) -> "HfTextTokenizer":
+        """Read a model's folder. `is_in_parts`: as in ChatTemplate. Raises CheckpointError."""
         path = folder / TOKENIZER_FILE
         try:
             num_bytes = path.stat().st_size
@@ -62,7 +62,7 @@ class HfTextTokenizer:
         config = _read_config(folder)
         return cls(
             tokenizer,
-            template=read_chat_template(folder, config),
+            template=read_chat_template(folder, config, is_in_parts=is_in_parts),
             front_ids=_front_ids(tokenizer, config),
         )
 
@@ -88,8 +88,17 @@ class HfTextTokenizer:
         self, messages: Sequence[ChatMessage], *, tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[int, ...]:
         """Ids of a conversation up to where the assistant speaks next. The template writes its own special tokens."""
-        text = _checked(self._template.render(messages, tools=tools))
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self.encode_rendered(self.render(messages, tools=tools))
+
+    def render(
+        self, messages: Sequence[ChatMessage], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        """The conversation as the template writes it."""
+        return self._template.render(messages, tools=tools)
+
+    def encode_rendered(self, text: str) -> tuple[int, ...]:
+        """Ids of what a template wrote."""
+        return tuple(self._tokenizer.encode(_checked(text), add_special_tokens=False).ids)
 
 
 class ByteTokenizer:
