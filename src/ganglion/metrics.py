@@ -4,6 +4,7 @@ Made once by `cli` (or a test) and passed down; written by serve and the engine,
 docs/metrics.md is generated from the table. Knows nothing of who writes which number.
 """
 
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -11,12 +12,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from ganglion.errors import ErrorCode, GanglionError
-from ganglion.types import ActionChunk, ServiceStats, StepRecord
+from ganglion.types import ActionChunk, PoolStats, ServiceStats, StepRecord
 
 OTHER = "other"  # what a label becomes when its metric already has `max_series` series
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
+_LONG_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 120.0)
+_TOKENS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0)
+_RATIO = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 3.0)
+_MODEL = {"model": "the language model"}
 _ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 
 
@@ -91,6 +96,49 @@ COUNTERS: dict[str, MetricSpec] = {
         doc="Views that the gate compared with what pages hold, where the service has a gate.",
         labels={"action": "skip, patches or full"},
     ),
+    "lane_seconds": MetricSpec(
+        name="ganglion_lane_seconds_total",
+        doc="Time that a lane computed. A step of a language model has all lanes, whatever cores it runs on.",
+        labels={"lane": "its number", "who": "robots or planners"},
+        max_series=256,
+    ),
+    "language_requests": MetricSpec(
+        name="ganglion_language_requests_total",
+        doc="Requests to language models that ended, those that were not let in included.",
+        labels=_MODEL | {"outcome": "stop, length, or the error's code"},
+        max_series=256,
+    ),
+    "language_prompt_tokens": MetricSpec(
+        name="ganglion_language_prompt_tokens_total",
+        doc="Prompt tokens of requests that ended, cached ones included.",
+        labels=_MODEL,
+    ),
+    "language_cached_tokens": MetricSpec(
+        name="ganglion_language_cached_tokens_total",
+        doc="Those of them that were found in pages.",
+        labels=_MODEL,
+    ),
+    "language_new_tokens": MetricSpec(
+        name="ganglion_language_new_tokens_total", doc="Tokens generated.", labels=_MODEL
+    ),
+    "language_preemptions": MetricSpec(
+        name="ganglion_language_preemptions_total",
+        doc="Times that a request gave its pages back before its end and waited again.",
+    ),
+    "language_held_back": MetricSpec(
+        name="ganglion_language_held_back_total",
+        doc="Engine rounds in which a language model had work and robots needed the time.",
+    ),
+    "model_loads": MetricSpec(
+        name="ganglion_model_loads_total",
+        doc="Language models loaded, or refused in loading.",
+        labels=_MODEL | {"outcome": "loaded, or the error's code"},
+    ),
+    "model_unloads": MetricSpec(
+        name="ganglion_model_unloads_total",
+        doc="Language models put out of memory.",
+        labels=_MODEL | {"reason": "idle, room or asked"},
+    ),
 }
 
 GAUGES: dict[str, MetricSpec] = {
@@ -108,11 +156,28 @@ GAUGES: dict[str, MetricSpec] = {
         doc="Small pages of the pool.",
         labels={"layout": "page layout", "state": "used or cached"},
     ),
+    "pool_kind_bytes": MetricSpec(
+        name="ganglion_pool_kind_bytes",
+        doc="Bytes of the pool's small pages by what they hold and for whom.",
+        labels={
+            "kind": "kv, feature, state, ...",
+            "who": "robots or planners",
+            "state": "used or cached",
+        },
+    ),
     "pool_free_bytes": MetricSpec(
         name="ganglion_pool_free_bytes", doc="Bytes in large pages that no layout holds."
     ),
     "pool_bytes": MetricSpec(name="ganglion_pool_bytes", doc="Bytes of the whole pool."),
-    "ready": MetricSpec(name="ganglion_ready", doc="1 when the service takes observations."),
+    "ready": MetricSpec(name="ganglion_ready", doc="1 when the service takes requests."),
+    "language_running": MetricSpec(
+        name="ganglion_language_running_rows",
+        doc="Sequences of language models that hold pages.",
+    ),
+    "language_waiting": MetricSpec(
+        name="ganglion_language_waiting_rows",
+        doc="Sequences of language models that wait for pages.",
+    ),
 }
 
 HISTOGRAMS: dict[str, MetricSpec] = {
@@ -145,6 +210,62 @@ HISTOGRAMS: dict[str, MetricSpec] = {
         name="ganglion_overhead_seconds",
         doc="Frame received to reply sent, minus the time inside the service.",
         buckets=_SECONDS,
+    ),
+    "language_queue_seconds": MetricSpec(
+        name="ganglion_language_queue_seconds",
+        doc="Prompt submitted to its first batch.",
+        labels=_MODEL,
+        buckets=_LONG_SECONDS,
+    ),
+    "language_first_token_seconds": MetricSpec(
+        name="ganglion_language_first_token_seconds",
+        doc="Prompt submitted to its first token.",
+        labels=_MODEL,
+        buckets=_LONG_SECONDS,
+    ),
+    "language_between_tokens_seconds": MetricSpec(
+        name="ganglion_language_between_tokens_seconds",
+        doc="One token to the next, of requests for one choice.",
+        labels=_MODEL,
+        buckets=_SECONDS,
+    ),
+    "language_request_seconds": MetricSpec(
+        name="ganglion_language_request_seconds",
+        doc="Prompt submitted to the end of its request.",
+        labels=_MODEL,
+        buckets=_LONG_SECONDS,
+    ),
+    "language_step_seconds": MetricSpec(
+        name="ganglion_language_step_seconds",
+        doc="One step of the language engine: a batch, or some layers of it.",
+        labels=_MODEL,
+        buckets=_SECONDS,
+    ),
+    "language_batch_tokens": MetricSpec(
+        name="ganglion_language_batch_tokens",
+        doc="Tokens of one step, prefilled and decoded.",
+        labels=_MODEL,
+        buckets=_TOKENS,
+    ),
+    "language_turn_seconds": MetricSpec(
+        name="ganglion_language_turn_seconds",
+        doc="A turn of language models between robots' steps.",
+        labels={
+            "kind": "alone: no robot is connected; idle: robots have no work; slack: before the first "
+            "of them has to go on; late: robots are late, and this is the floor of the time"
+        },
+        buckets=_SECONDS,
+    ),
+    "language_slack_ratio": MetricSpec(
+        name="ganglion_language_slack_used_ratio",
+        doc="Part of the slack of robots' work that a turn took; above 1 it took more than there was.",
+        buckets=_RATIO,
+    ),
+    "model_load_seconds": MetricSpec(
+        name="ganglion_model_load_seconds",
+        doc="A language model's files to its being ready.",
+        labels=_MODEL,
+        buckets=_LONG_SECONDS,
     ),
 }
 
@@ -245,19 +366,44 @@ class Metrics:
         self.refused_requests = CounterMetric(COUNTERS["refused_requests"], reg)
         self.prompt_overrides = CounterMetric(COUNTERS["prompt_overrides"], reg)
         self.gated_views = CounterMetric(COUNTERS["gated_views"], reg)
+        self.lane_seconds = CounterMetric(COUNTERS["lane_seconds"], reg)
+        self.language_requests = CounterMetric(COUNTERS["language_requests"], reg)
+        self.language_prompt_tokens = CounterMetric(COUNTERS["language_prompt_tokens"], reg)
+        self.language_cached_tokens = CounterMetric(COUNTERS["language_cached_tokens"], reg)
+        self.language_new_tokens = CounterMetric(COUNTERS["language_new_tokens"], reg)
+        self.language_preemptions = CounterMetric(COUNTERS["language_preemptions"], reg)
+        self.language_held_back = CounterMetric(COUNTERS["language_held_back"], reg)
+        self.model_loads = CounterMetric(COUNTERS["model_loads"], reg)
+        self.model_unloads = CounterMetric(COUNTERS["model_unloads"], reg)
         self.connections = GaugeMetric(GAUGES["connections"], reg)
         self.sessions = GaugeMetric(GAUGES["sessions"], reg)
         self.waiting = GaugeMetric(GAUGES["waiting"], reg)
         self.pool_pages = GaugeMetric(GAUGES["pool_pages"], reg)
         self.pool_free_bytes = GaugeMetric(GAUGES["pool_free_bytes"], reg)
         self.pool_bytes = GaugeMetric(GAUGES["pool_bytes"], reg)
+        self.pool_kind_bytes = GaugeMetric(GAUGES["pool_kind_bytes"], reg)
         self.ready = GaugeMetric(GAUGES["ready"], reg)
+        self.language_running = GaugeMetric(GAUGES["language_running"], reg)
+        self.language_waiting = GaugeMetric(GAUGES["language_waiting"], reg)
         self.infer_seconds = HistogramMetric(HISTOGRAMS["infer_seconds"], reg)
         self.queue_seconds = HistogramMetric(HISTOGRAMS["queue_seconds"], reg)
         self.step_seconds = HistogramMetric(HISTOGRAMS["step_seconds"], reg)
         self.piece_seconds = HistogramMetric(HISTOGRAMS["piece_seconds"], reg)
         self.batch_rows = HistogramMetric(HISTOGRAMS["batch_rows"], reg)
         self.overhead_seconds = HistogramMetric(HISTOGRAMS["overhead_seconds"], reg)
+        self.language_queue_seconds = HistogramMetric(HISTOGRAMS["language_queue_seconds"], reg)
+        self.language_first_token_seconds = HistogramMetric(
+            HISTOGRAMS["language_first_token_seconds"], reg
+        )
+        self.language_between_tokens_seconds = HistogramMetric(
+            HISTOGRAMS["language_between_tokens_seconds"], reg
+        )
+        self.language_request_seconds = HistogramMetric(HISTOGRAMS["language_request_seconds"], reg)
+        self.language_step_seconds = HistogramMetric(HISTOGRAMS["language_step_seconds"], reg)
+        self.language_batch_tokens = HistogramMetric(HISTOGRAMS["language_batch_tokens"], reg)
+        self.language_turn_seconds = HistogramMetric(HISTOGRAMS["language_turn_seconds"], reg)
+        self.language_slack_ratio = HistogramMetric(HISTOGRAMS["language_slack_ratio"], reg)
+        self.model_load_seconds = HistogramMetric(HISTOGRAMS["model_load_seconds"], reg)
 
         self._num_hits = self._num_misses = 0  # of the pool, as of the last observe_pool
 
@@ -282,22 +428,39 @@ class Metrics:
         for piece in record.pieces:
             self.piece_seconds.observe(piece.run_us * 1e-6, kind=piece.kind)
             self.batch_rows.observe(piece.num_rows, kind=piece.kind)
+            self.lane_seconds.inc(piece.run_us * 1e-6, lane=str(piece.lane), who="robots")
 
     def observe_stats(self, stats: ServiceStats) -> None:
         """Bring the gauges up to `stats`. Called before each render, from one thread."""
         self.ready.set(stats.is_ready)
         self.sessions.set(len(stats.sessions))
-        pool = stats.pool
+        language, pool = stats.language, stats.pool
+        if language is not None:
+            self.language_running.set(language.num_running)
+            self.language_waiting.set(language.num_waiting)
         if pool is None:
             return
+        planners = frozenset[str]() if language is None else frozenset(language.layouts)
         self.pool_bytes.set(pool.large_page_bytes * pool.num_large_pages)
         self.pool_free_bytes.set(pool.large_page_bytes * pool.num_free_large_pages)
         for state, num_pages in (("used", pool.num_used_pages), ("cached", pool.num_cached_pages)):
             for layout, count in num_pages.items():
                 self.pool_pages.set(count, layout=layout, state=state)
+            self._observe_kinds(pool, num_pages, state, planners=planners)
         self.page_hits.inc(pool.num_hits - self._num_hits)
         self.page_misses.inc(pool.num_misses - self._num_misses)
         self._num_hits, self._num_misses = pool.num_hits, pool.num_misses
+
+    def _observe_kinds(
+        self, pool: PoolStats, num_pages: Mapping[str, int], state: str, *, planners: Set[str]
+    ) -> None:
+        num_bytes: dict[tuple[str, str], float] = {}
+        for layout, count in num_pages.items():
+            of = (pool.kind(layout), "planners" if layout in planners else "robots")
+            page_bytes = pool.large_page_bytes / pool.pages_per_large[layout]
+            num_bytes[of] = num_bytes.get(of, 0.0) + count * page_bytes
+        for (kind, who), value in num_bytes.items():
+            self.pool_kind_bytes.set(value, kind=kind, who=who, state=state)
 
     def render(self) -> bytes:
         """The text that `/metrics` answers with; its content type is `CONTENT_TYPE`."""

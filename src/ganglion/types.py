@@ -4,7 +4,7 @@ Used by everybody. Knows numpy, but neither torch nor sockets.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
 
@@ -228,6 +228,11 @@ class PoolStats:
     num_hits: int
     num_misses: int
     live_pages: tuple[LivePage, ...]
+    kinds: Mapping[str, str] = field(default_factory=dict)  # layout name -> what its pages hold
+
+    def kind(self, layout: str) -> str:
+        """What pages of a layout hold; where nobody said so, the last part of its name."""
+        return self.kinds.get(layout, layout.rpartition(".")[2])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch
 from ganglion.clock import SimulatedClock
 from ganglion.config import ChatConfig, EngineConfig, MemoryConfig
 from ganglion.engine.language import Ended
+from ganglion.engine.language_record import Progress
 from ganglion.errors import CancelledError, ConfigError, FieldError, GanglionError, OverloadedError
 from ganglion.generation import (
     FinishReason,
@@ -28,7 +29,7 @@ from ganglion.pipeline.language import LanguageFront, LanguageMessage
 from ganglion.pipeline.local import LocalService
 from ganglion.pipeline.served import ServedLanguage
 from ganglion.service import Generated, Outcome
-from ganglion.types import ActionChunk, RequestId
+from ganglion.types import ActionChunk, LanguageStepRecord, RequestId
 from tests.cpu.toy import Toy, observation
 from tests.language_folder import continuation, write_llama
 
@@ -234,6 +235,8 @@ class Script:
 
     def __init__(self) -> None:
         self.items: list[TokenDelta | Ended] = []
+        self.records: list[LanguageStepRecord] = []
+        self.num_preemptions = 0
         self.stopped: list[tuple[RequestId, int]] = []
 
     def submit(self, request_id: RequestId, request: GenerateRequest, **more: object) -> None:
@@ -254,6 +257,9 @@ class Script:
 
     def preempt_latest(self) -> bool:
         return False
+
+    def progress(self) -> dict[RequestId, Progress]:
+        return {}
 
 
 def test_several_tokens_at_once_are_cut_where_the_stop_string_ends(served: ServedLanguage) -> None:

@@ -30,7 +30,7 @@ def test_every_row_of_the_table_is_an_attribute_and_is_rendered() -> None:
 def test_names_carry_a_unit_or_count_things() -> None:
     assert all(spec.name.endswith("_total") for spec in COUNTERS.values())
     for spec in HISTOGRAMS.values():
-        assert re.search(r"_(seconds|rows|bytes)$", spec.name)
+        assert re.search(r"_(seconds|rows|tokens|ratio|bytes)$", spec.name)
         assert list(spec.buckets) == sorted(spec.buckets)
 
 

@@ -21,6 +21,7 @@ class Progress:
     num_computed_tokens: int
     num_cached_tokens: int
     num_preemptions: int
+    num_rows: int  # its choices that have not ended; before the prompt is computed there is one
     num_pages: int  # that its rows hold, shared ones counted for each
 
 
@@ -58,6 +59,7 @@ def progress(work: LanguageWork) -> Progress:
         num_computed_tokens=min(num_computed, num_prompt),
         num_cached_tokens=work.num_cached or 0,
         num_preemptions=work.num_preemptions,
+        num_rows=len(rows),
         num_pages=sum(len(table.pages) for row in rows for table in row.tables),
     )
 

@@ -436,6 +436,7 @@ class Ledger:
             num_hits=self._num_hits,
             num_misses=self._num_misses,
             live_pages=tuple((live + cached)[:max_live_pages]),
+            kinds={name: book.layout.kind.value for name, book in self._books.items()},
         )
 
     def _live_pages(self, book: Book, pages: Sequence[int]) -> list[LivePage]:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ganglion.clock import Clock
 from ganglion.engine.language import Ended
+from ganglion.engine.language_record import Progress, WorkTrace
 from ganglion.engine.sampler import Matcher
 from ganglion.errors import (
     CancelledError,
@@ -31,10 +32,12 @@ from ganglion.generation import (
     TokenLogprob,
     Usage,
 )
+from ganglion.metrics import Metrics
 from ganglion.models.detokenizer import Detokenizer, StopMatcher
+from ganglion.pipeline.language_watch import UNKNOWN, LanguageWatch
 from ganglion.pipeline.served import ServedLanguage, ShowingTokenizer
 from ganglion.service import OnGenerated, TextTokenizer
-from ganglion.types import RequestId
+from ganglion.types import LanguageStats, LanguageStepRecord, RequestId
 
 SMOOTHING = 0.2
 WARM_UP_TOKENS, WARM_UP_US = 16, 10_000_000
@@ -67,6 +70,20 @@ class LanguageCore(Protocol):
 
     def preempt_latest(self) -> bool:
         """Give pages back, to be computed again later; False: nobody holds any."""
+        ...
+
+    @property
+    def records(self) -> Sequence[LanguageStepRecord]:
+        """The last steps, newest last."""
+        ...
+
+    @property
+    def num_preemptions(self) -> int:
+        """Times that a request gave its pages back before its end."""
+        ...
+
+    def progress(self) -> Mapping[RequestId, Progress]:
+        """How far each request is, oldest first."""
         ...
 
 
@@ -102,7 +119,9 @@ class LanguageFront:
         post: Callable[[LanguageMessage], None],
         *,
         max_choices: int,
+        watch: LanguageWatch | None = None,
     ) -> None:
+        self._watch = watch or LanguageWatch(Metrics(), clock, num_lanes=1)
         self._core, self._served, self._clock, self._post = core, dict(served), clock, post
         self._max_choices = max_choices
         self._lock = threading.Lock()
@@ -124,19 +143,14 @@ class LanguageFront:
 
     def generate(self, request: GenerateRequest, on_generated: OnGenerated) -> RequestId:
         """Check, count and queue one prompt. `max_tokens` becomes what the model has room for."""
-        served = self._find(request.model)
-        request = served.checked(request)
-        matchers = served.matchers(request)
-        with self._lock:
-            if self._is_closed:
-                raise _stopping()
-            if self._num_choices + request.num_choices > self._max_choices:
-                raise OverloadedError(
-                    "the queue of prompts",
-                    limit=self._max_choices,
-                    retry_after_s=self._mean_request_s,
-                )
-            self._num_choices += request.num_choices
+        try:
+            served = self._find(request.model)
+            request = served.checked(request)
+            matchers = served.matchers(request)
+            self._let_in(request.num_choices)
+        except GanglionError as error:
+            self._watch.refuse(request.model if request.model in self._served else UNKNOWN, error)
+            raise
         request_id = RequestId(next(self._request_ids))
         self._post(
             Generate(
@@ -152,6 +166,18 @@ class LanguageFront:
     def cancel(self, request_id: RequestId) -> None:
         """Drop a request between two steps."""
         self._post(Abandon(request_id=request_id))
+
+    def _let_in(self, num_choices: int) -> None:
+        with self._lock:
+            if self._is_closed:
+                raise _stopping()
+            if self._num_choices + num_choices > self._max_choices:
+                raise OverloadedError(
+                    "the queue of prompts",
+                    limit=self._max_choices,
+                    retry_after_s=self._mean_request_s,
+                )
+            self._num_choices += num_choices
 
     # --- on the engine's thread ----------------------------------------------------------------------------------
 
@@ -173,7 +199,18 @@ class LanguageFront:
     def step(self, budget_us: int) -> None:
         """One forward of the engine, and the text that it makes."""
         self._core.step(budget_us)
+        self._watch.observe_steps(self._core.records)
         self._pass_on()
+
+    def stats(self) -> LanguageStats:
+        """Everything that an operator sees of language models, as of now."""
+        self._watch.observe_preemptions(self._core.num_preemptions)
+        layouts = {
+            group.layout.name: name
+            for name, served in self._served.items()
+            for group in served.model.groups
+        }
+        return self._watch.stats(self._core.progress(), self._core.records, layouts)
 
     def make_room(self) -> bool:
         """Robots need pages: whoever came last gives its own back and computes them again. False: nobody holds any."""
@@ -197,6 +234,7 @@ class LanguageFront:
                 for item in self._core.drain():
                     if isinstance(item, Ended) and isinstance(item.outcome, GanglionError):
                         raise item.outcome
+        self._watch.skip_steps(self._core.records)
 
     def fail_all(self, error: GanglionError) -> None:
         """End every open request with `error` (a defect, or the server is stopping)."""
@@ -214,6 +252,7 @@ class LanguageFront:
     def _submit(self, message: Generate) -> None:
         request = message.request
         tokenizer = self._served[request.model].tokenizer
+        self._watch.open(message.request_id, request, message.submitted_s)
         self._open[message.request_id] = _Open(
             message=message,
             choices=[_Choice(tokenizer, request) for _ in range(request.num_choices)],
@@ -221,10 +260,10 @@ class LanguageFront:
         try:
             self._core.submit(message.request_id, request, matchers=message.matchers)
         except GanglionError as error:
-            self._end(message.request_id, error)
+            self._end(message.request_id, error, None)
             return
         except Exception:
-            self._end(message.request_id, InternalError("the language engine failed"))
+            self._end(message.request_id, InternalError("the language engine failed"), None)
             raise
         self._pass_on()
 
@@ -241,20 +280,25 @@ class LanguageFront:
                     case PromptScored():
                         open_.message.on_generated(item)
                     case Ended():
-                        self._end(item.request_id, item.outcome)
+                        self._end(item.request_id, item.outcome, item.trace)
 
     def _show(self, item: TokenDelta, open_: "_Open") -> None:
         choice = open_.choices[item.choice]
         if choice.is_over:
             return
         delta = choice.take(item)
+        finish = None if delta is None else delta.finish
+        self._watch.show(item.request_id, len(item.token_ids), finish)
         if delta is not None:
             open_.message.on_generated(delta)
         if choice.is_over and item.finish is None:
             self._core.stop(item.request_id, item.choice)
 
-    def _end(self, request_id: RequestId, outcome: Usage | GanglionError) -> None:
+    def _end(
+        self, request_id: RequestId, outcome: Usage | GanglionError, trace: WorkTrace | None
+    ) -> None:
         open_ = self._open.pop(request_id)
+        self._watch.end(request_id, outcome, trace)
         took_s = self._clock.now_s() - open_.message.submitted_s
         with self._lock:
             self._num_choices -= len(open_.choices)

@@ -8,8 +8,11 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
+
+import torch
 
 from ganglion.clock import Clock, RealClock
 from ganglion.config import ChatConfig, EngineConfig, MemoryConfig, PipelineConfig
@@ -33,6 +36,7 @@ from ganglion.models.base import Model
 from ganglion.pipeline.dispatch import Cancel, Message, Refresh
 from ganglion.pipeline.ladder import Ladder
 from ganglion.pipeline.language import Abandon, Generate, LanguageFront, LanguageMessage
+from ganglion.pipeline.language_watch import LanguageWatch
 from ganglion.pipeline.policy_part import PolicyPart, policy_layouts
 from ganglion.pipeline.served import ServedLanguage
 from ganglion.pipeline.session import Submission
@@ -83,26 +87,29 @@ class LocalService:
                 next_step="rename a folder: it names its model",
             )
         self._config, self._clock = engine, clock or RealClock()
+        metrics = metrics or Metrics()
+        self._watch = LanguageWatch(metrics, self._clock, num_lanes=max(1, len(engine.lanes)))
         self._lanes = Lanes(engine.lanes if engine.lanes and model is not None else ((),))
         layouts = () if model is None else policy_layouts(model, memory)
         for served in languages:
             layouts = (*layouts, *(group.layout for group in served.model.groups))
         layout = PoolLayout(large_page_bytes=memory.large_page_bytes, layouts=layouts)
         num_large_pages = memory.arena_bytes // memory.large_page_bytes
-        self._ledger, arena = Ledger(layout, num_large_pages), Arena(layout, num_large_pages)
+        self._ledger, self._arena = Ledger(layout, num_large_pages), Arena(layout, num_large_pages)
+        self._defrag_step_bytes = memory.defrag_step_bytes
         self._policy: PolicyPart | None = None
         if model is not None:
             self._policy = PolicyPart(
                 model,
                 ledger=self._ledger,
-                arena=arena,
+                arena=self._arena,
                 lanes=self._lanes,
                 engine=engine,
                 memory=memory,
                 pipeline=pipeline or PipelineConfig(),
                 ladder=ladder,
                 clock=self._clock,
-                metrics=metrics or Metrics(),
+                metrics=metrics,
                 make_room=self._make_room,
             )
         self._loop: EngineLoop[Message | LanguageMessage] = EngineLoop(
@@ -121,7 +128,7 @@ class LocalService:
             floor=engine.language_floor,
         )
         if languages:
-            self._front = self._language_front(languages, chat or ChatConfig(), arena)
+            self._front = self._language_front(languages, chat or ChatConfig())
             if engine.language_threads > 1:
                 self._crew = Crew(engine.language_threads)
         self._request_ids = itertools.count(1)
@@ -268,23 +275,33 @@ class LocalService:
             start_s = self._clock.now_s()
             has_robot_work = self._policy.dispatcher.step()
             self._turns.observe_robots((self._clock.now_s() - start_s) * 1e6)
+        else:
+            self._tidy_up()
         if self._front is None or not self._front.has_work:
             return has_robot_work
         dispatcher = None if self._policy is None else self._policy.dispatcher
-        budget_us = self._turns.budget_us(
-            has_robots=dispatcher is not None and dispatcher.has_sessions,
-            slack_us=None if dispatcher is None else dispatcher.slack_us(),
-        )
-        if budget_us is not None:
+        has_robots = dispatcher is not None and dispatcher.has_sessions
+        slack_us = None if dispatcher is None else dispatcher.slack_us()
+        kind = self._turns.kind(has_robots=has_robots, slack_us=slack_us)
+        budget_us = self._turns.budget_us(has_robots=has_robots, slack_us=slack_us)
+        if budget_us is None:
+            self._watch.hold_back()
+        else:
             start_s = self._clock.now_s()
             front = self._front
             self._on_crew(lambda: front.step(budget_us))
-            self._turns.observe_turn(
-                (self._clock.now_s() - start_s) * 1e6,
-                budget_us=budget_us,
-                has_robot_work=has_robot_work,
-            )
+            run_us = (self._clock.now_s() - start_s) * 1e6
+            self._turns.observe_turn(run_us, budget_us=budget_us, has_robot_work=has_robot_work)
+            self._watch.observe_turn(kind, run_us, slack_us)
         return has_robot_work or self._front.has_work
+
+    def _tidy_up(self) -> None:
+        """Where no policy's engine does it before its steps: pages move, so that large ones become free."""
+        moves = self._ledger.plan_moves(self._defrag_step_bytes, num_spare=1)
+        if moves is not None:
+            with torch.inference_mode():
+                self._arena.copy(moves.copies)
+                self._arena.release(moves.released)
 
     def _on_crew(self, task: Callable[[], None]) -> None:
         if self._crew is None:
@@ -325,19 +342,24 @@ class LocalService:
     # --- parts ---------------------------------------------------------------------------------------------------
 
     def _language_front(
-        self, languages: Sequence[ServedLanguage], chat: ChatConfig, arena: Arena
+        self, languages: Sequence[ServedLanguage], chat: ChatConfig
     ) -> LanguageFront:
         served = {each.spec.name: each for each in languages}
         core = LanguageEngine(
             {name: each.model for name, each in served.items()},
             self._ledger,
-            arena,
+            self._arena,
             self._clock,
             max_rows=chat.max_rows,
             cost=MeasuredCost(),
         )
         return LanguageFront(
-            core, served, self._clock, self._loop.post, max_choices=chat.max_choices
+            core,
+            served,
+            self._clock,
+            self._loop.post,
+            max_choices=chat.max_choices,
+            watch=self._watch,
         )
 
     def _served_policy(self) -> PolicyPart:
@@ -353,8 +375,10 @@ class LocalService:
         return " or ".join(names)
 
     def _paint(self) -> ServiceStats:
+        language = None if self._front is None else self._front.stats()
         if self._policy is not None:
-            return self._policy.dispatcher.picture(is_ready=self._is_ready, stage=self._stage)
+            picture = self._policy.dispatcher.picture(is_ready=self._is_ready, stage=self._stage)
+            return replace(picture, language=language)
         return ServiceStats(
             now_s=self._clock.now_s(),
             is_ready=self._is_ready,
@@ -366,4 +390,5 @@ class LocalService:
             num_results=0,
             num_errors=0,
             num_cancelled=0,
+            language=language,
         )

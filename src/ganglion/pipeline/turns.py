@@ -8,8 +8,19 @@
 | are late | short, and seldom: a floor of the time, so that what was asked ends some day |
 """
 
+from enum import StrEnum
+
 SMOOTHING = 0.3
 MAX_CREDIT_TURNS = 2
+
+
+class TurnKind(StrEnum):
+    """Which line of the table above holds."""
+
+    ALONE = "alone"
+    IDLE = "idle"
+    SLACK = "slack"
+    LATE = "late"
 
 
 class Turns:
@@ -36,13 +47,24 @@ class Turns:
 
         `slack_us`: how long all robots' work may stand still without a missed deadline; None: they have none.
         """
-        if not has_robots:
-            return self._step_us
-        if slack_us is None:
-            return self._slice_us
-        is_in_time = self._turn_us <= slack_us
-        credit = self._share if is_in_time else self._floor
+        match self.kind(has_robots=has_robots, slack_us=slack_us):
+            case TurnKind.ALONE:
+                return self._step_us
+            case TurnKind.IDLE:
+                return self._slice_us
+            case TurnKind.SLACK:
+                credit = self._share
+            case TurnKind.LATE:
+                credit = self._floor
         return self._slice_us if credit.us >= self._turn_us else None
+
+    def kind(self, *, has_robots: bool, slack_us: int | None) -> TurnKind:
+        """What a turn now would be, arguments as of `budget_us`."""
+        if not has_robots:
+            return TurnKind.ALONE
+        if slack_us is None:
+            return TurnKind.IDLE
+        return TurnKind.SLACK if self._turn_us <= slack_us else TurnKind.LATE
 
     def observe_robots(self, run_us: float) -> None:
         """Robots' work took this long."""
