@@ -10,6 +10,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
@@ -133,10 +134,11 @@ class GenerateEndpoint:
 
 async def _generate(run: Run, prepared: Prepared, reply: "_Reply") -> None:
     has_grammar = any(request.sampling.grammar is not None for request in prepared.requests)
+    requests = [replace(request, trace_id=prepared.answer_id) for request in prepared.requests]
     if has_grammar:  # compiled there, which may take long
-        await asyncio.to_thread(run.start, prepared.requests)
+        await asyncio.to_thread(run.start, requests)
     else:
-        run.start(prepared.requests)
+        run.start(requests)
     if prepared.is_streamed and not await _is_changed(run, FIRST_ITEM_S):
         await reply.open()
         while not await _is_changed(run, PING_S):
