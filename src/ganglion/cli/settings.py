@@ -54,7 +54,8 @@ def read_served(words: Sequence[str]) -> dict[str, tuple[str, Any]]:
     """
     if not words:
         return {}
-    policies, chats = [], []
+    policies: list[str] = []
+    chats: list[str] = []
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or key not in SERVED_KEYS:

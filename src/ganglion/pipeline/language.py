@@ -35,10 +35,12 @@ from ganglion.generation import (
 from ganglion.metrics import Metrics
 from ganglion.models.detokenizer import Detokenizer, StopMatcher
 from ganglion.pipeline.language_watch import UNKNOWN, LanguageWatch
+from ganglion.pipeline.residents import Residents, ResidentsMessage
 from ganglion.pipeline.served import ServedLanguage, ShowingTokenizer
-from ganglion.service import OnGenerated, TextTokenizer
+from ganglion.service import ModelState, OnGenerated, Residence, TextTokenizer
 from ganglion.types import LanguageStats, LanguageStepRecord, RequestId
 
+PINNED = Residence(state=ModelState.LOADED, stay="pinned", weight_bytes=0)
 SMOOTHING = 0.2
 WARM_UP_TOKENS, WARM_UP_US = 16, 10_000_000
 
@@ -105,7 +107,7 @@ class Abandon:
     request_id: RequestId
 
 
-LanguageMessage = Generate | Abandon
+LanguageMessage = Generate | Abandon | ResidentsMessage
 
 
 class LanguageFront:
@@ -119,8 +121,15 @@ class LanguageFront:
         post: Callable[[LanguageMessage], None],
         *,
         max_choices: int,
+        residents: Residents | None = None,
         watch: LanguageWatch | None = None,
     ) -> None:
+        """`residents` None: all models are in `core`, and stay."""
+        self._residents = residents
+        if residents is not None:
+            residents.on_ready, residents.on_failed = self._start, self._refuse
+            residents.busy = self._busy
+        self._waiting: dict[str, list[RequestId]] = {}  # model -> requests that wait for it
         self._watch = watch or LanguageWatch(Metrics(), clock, num_lanes=1)
         self._core, self._served, self._clock, self._post = core, dict(served), clock, post
         self._max_choices = max_choices
@@ -140,6 +149,11 @@ class LanguageFront:
     def tokenizer(self, model: str) -> TextTokenizer:
         """Of one of them."""
         return self._find(model).tokenizer
+
+    def residence(self, model: str) -> Residence:
+        """Is it in memory?"""
+        self._find(model)
+        return PINNED if self._residents is None else self._residents.residence(model)
 
     def generate(self, request: GenerateRequest, on_generated: OnGenerated) -> RequestId:
         """Check, count and queue one prompt. `max_tokens` becomes what the model has room for."""
@@ -183,8 +197,9 @@ class LanguageFront:
 
     @property
     def has_work(self) -> bool:
-        """Is a request open?"""
-        return bool(self._open)
+        """Is there a request that can be worked on, or a model to make room for?"""
+        is_making_room = self._residents is not None and self._residents.has_work
+        return is_making_room or len(self._open) > sum(map(len, self._waiting.values()))
 
     def handle(self, message: LanguageMessage) -> None:
         """Apply one message."""
@@ -192,12 +207,15 @@ class LanguageFront:
             case Generate():
                 self._submit(message)
             case Abandon(request_id=request_id):
-                if request_id in self._open:
-                    self._core.cancel(request_id)
-                    self._pass_on()
+                self._abandon(request_id, None)
+            case _:
+                assert self._residents is not None, "posted by it"
+                self._residents.handle(message)
 
     def step(self, budget_us: int) -> None:
         """One forward of the engine, and the text that it makes."""
+        if self._residents is not None:
+            self._residents.step()
         self._core.step(budget_us)
         self._watch.observe_steps(self._core.records)
         self._pass_on()
@@ -208,7 +226,7 @@ class LanguageFront:
         layouts = {
             group.layout.name: name
             for name, served in self._served.items()
-            for group in served.model.groups
+            for group in served.source.groups
         }
         return self._watch.stats(self._core.progress(), self._core.records, layouts)
 
@@ -222,6 +240,8 @@ class LanguageFront:
         Raises the GanglionError of a model that cannot run.
         """
         for name, served in self._served.items():
+            if not served.stay.is_pinned:
+                continue  # the thread that loads it warms it up
             num_tokens = min(WARM_UP_TOKENS, served.spec.max_tokens - 1)
             request = GenerateRequest(
                 model=name,
@@ -239,8 +259,7 @@ class LanguageFront:
     def fail_all(self, error: GanglionError) -> None:
         """End every open request with `error` (a defect, or the server is stopping)."""
         for request_id in list(self._open):
-            self._core.cancel(request_id, error)
-        self._pass_on()
+            self._abandon(request_id, error)
         assert not self._open, f"{len(self._open)} requests outlived their cancellation"
 
     def close(self) -> None:
@@ -248,6 +267,8 @@ class LanguageFront:
         with self._lock:
             self._is_closed = True
         self.fail_all(_stopping())
+        if self._residents is not None:
+            self._residents.close()
 
     def _submit(self, message: Generate) -> None:
         request = message.request
@@ -257,6 +278,14 @@ class LanguageFront:
             message=message,
             choices=[_Choice(tokenizer, request) for _ in range(request.num_choices)],
         )
+        if self._residents is not None and not self._residents.is_loaded(request.model):
+            self._waiting.setdefault(request.model, []).append(message.request_id)
+            self._residents.want(request.model)
+        else:
+            self._hand_over(message)
+
+    def _hand_over(self, message: Generate) -> None:
+        request = message.request
         try:
             self._core.submit(message.request_id, request, matchers=message.matchers)
         except GanglionError as error:
@@ -266,6 +295,37 @@ class LanguageFront:
             self._end(message.request_id, InternalError("the language engine failed"), None)
             raise
         self._pass_on()
+
+    def _start(self, model: str) -> None:
+        """It is loaded: what waited for it is worked on, in order."""
+        for request_id in self._waiting.pop(model, ()):
+            self._hand_over(self._open[request_id].message)
+
+    def _refuse(self, model: str, error: GanglionError) -> None:
+        """It cannot be loaded."""
+        for request_id in self._waiting.pop(model, ()):
+            self._end(request_id, error, None)
+
+    def _busy(self) -> set[str]:
+        """Models whose weights are in use."""
+        return {open_.message.request.model for open_ in self._open.values()} - set(self._waiting)
+
+    def _abandon(self, request_id: RequestId, reason: GanglionError | None) -> None:
+        open_ = self._open.get(request_id)
+        if open_ is None:
+            return
+        model = open_.message.request.model
+        waiting = self._waiting.get(model, [])
+        if request_id not in waiting:
+            self._core.cancel(request_id, reason)
+            self._pass_on()
+            return
+        waiting.remove(request_id)
+        if not waiting:
+            del self._waiting[model]
+            assert self._residents is not None, "nothing waits without it"
+            self._residents.unwant(model)
+        self._end(request_id, reason or CancelledError("request was cancelled"), None)
 
     def _pass_on(self) -> None:
         """From tokens to text, until the engine has nothing more to say: ending a choice may end its request."""
@@ -304,6 +364,12 @@ class LanguageFront:
             self._num_choices -= len(open_.choices)
             self._mean_request_s += SMOOTHING * (took_s - self._mean_request_s)
         open_.message.on_generated(outcome)
+        model = open_.message.request.model
+        if self._residents is not None and self._residents.is_loaded(model):
+            num_tokens = 0
+            if isinstance(outcome, Usage):
+                num_tokens = outcome.num_prompt_tokens + outcome.num_completion_tokens
+            self._residents.count(model, num_tokens)
 
     def _find(self, model: str) -> ServedLanguage:
         served = self._served.get(model)

@@ -38,6 +38,15 @@ from ganglion.pipeline.ladder import Ladder
 from ganglion.pipeline.language import Abandon, Generate, LanguageFront, LanguageMessage
 from ganglion.pipeline.language_watch import LanguageWatch
 from ganglion.pipeline.policy_part import PolicyPart, policy_layouts
+from ganglion.pipeline.residency import Residency, Terms
+from ganglion.pipeline.residents import (
+    Loaded,
+    Look,
+    NotLoaded,
+    PageBudget,
+    Residents,
+    ResidentsMessage,
+)
 from ganglion.pipeline.served import ServedLanguage
 from ganglion.pipeline.session import Submission
 from ganglion.pipeline.turns import Turns
@@ -58,6 +67,7 @@ from ganglion.types import (
 logger = logging.getLogger(__name__)
 
 PICTURE_PERIOD_S = 0.05
+PAGE_FLOOR = 4  # pages keep 1 / so much of arena_bytes, whatever is loaded
 
 
 class LocalService:
@@ -75,10 +85,15 @@ class LocalService:
         pipeline: PipelineConfig | None = None,
         chat: ChatConfig | None = None,
         languages: Sequence[ServedLanguage] = (),
+        policy_bytes: int = 0,
         ladder: Ladder | None = None,
         clock: Clock | None = None,
         metrics: Metrics | None = None,
     ) -> None:
+        """`policy_bytes`: of the policy's weights, which count in `memory.budget_bytes`.
+
+        Raises ConfigError where the budget holds not even what is pinned.
+        """
         assert model is not None or languages, "nothing to serve"
         names = [each.spec.name for each in languages]
         if len(set(names)) < len(names):
@@ -92,10 +107,27 @@ class LocalService:
         self._lanes = Lanes(engine.lanes if engine.lanes and model is not None else ((),))
         layouts = () if model is None else policy_layouts(model, memory)
         for served in languages:
-            layouts = (*layouts, *(group.layout for group in served.model.groups))
+            layouts = (*layouts, *(group.layout for group in served.source.groups))
         layout = PoolLayout(large_page_bytes=memory.large_page_bytes, layouts=layouts)
-        num_large_pages = memory.arena_bytes // memory.large_page_bytes
-        self._ledger, self._arena = Ledger(layout, num_large_pages), Arena(layout, num_large_pages)
+        self._residency = Residency(
+            models={
+                each.spec.name: Terms(weight_bytes=each.source.weight_bytes, stay=each.stay)
+                for each in languages
+            },
+            budget_bytes=memory.budget_bytes or None,
+            other_bytes=policy_bytes,
+            arena_bytes=memory.arena_bytes,
+            floor_bytes=memory.arena_bytes // PAGE_FLOOR,
+        )
+        max_large_pages = memory.arena_bytes // memory.large_page_bytes
+        self._ledger = Ledger(
+            layout,
+            self._residency.page_bytes // memory.large_page_bytes,
+            max_large_pages=max_large_pages,
+        )
+        self._arena = Arena(layout, max_large_pages)
+        self._memory = memory
+        self._timers: set[threading.Timer] = set()
         self._defrag_step_bytes = memory.defrag_step_bytes
         self._policy: PolicyPart | None = None
         if model is not None:
@@ -260,7 +292,7 @@ class LocalService:
 
     def _handle(self, message: Message | LanguageMessage) -> None:
         match message:
-            case Generate() | Abandon():
+            case Generate() | Abandon() | Loaded() | NotLoaded() | Look():
                 assert self._front is not None, "posted by the front"
                 self._front.handle(message)
             case Refresh():
@@ -320,6 +352,8 @@ class LocalService:
 
     def _close(self) -> None:
         self._is_ready, self._stage = False, "stopped"
+        for timer in list(self._timers):
+            timer.cancel()
         if self._front is not None:
             self._front.close()
         self._fail_all(
@@ -346,12 +380,27 @@ class LocalService:
     ) -> LanguageFront:
         served = {each.spec.name: each for each in languages}
         core = LanguageEngine(
-            {name: each.model for name, each in served.items()},
+            {name: each.source.load() for name, each in served.items() if each.stay.is_pinned},
             self._ledger,
             self._arena,
             self._clock,
             max_rows=chat.max_rows,
             cost=MeasuredCost(),
+        )
+        residents = Residents(
+            core,
+            {name: each.source for name, each in served.items()},
+            self._residency,
+            PageBudget(
+                self._ledger,
+                self._arena,
+                large_page_bytes=self._memory.large_page_bytes,
+                step_bytes=self._memory.defrag_step_bytes,
+            ),
+            self._clock,
+            self._loop.post,
+            wait_s=chat.load_wait_s,
+            later=self._later,
         )
         return LanguageFront(
             core,
@@ -359,8 +408,19 @@ class LocalService:
             self._clock,
             self._loop.post,
             max_choices=chat.max_choices,
+            residents=residents,
             watch=self._watch,
         )
+
+    def _later(self, delay_s: float, message: ResidentsMessage) -> None:
+        def post() -> None:
+            self._timers.discard(timer)
+            self._loop.post(message)
+
+        timer = threading.Timer(delay_s, post)
+        timer.daemon = True
+        self._timers.add(timer)
+        timer.start()
 
     def _served_policy(self) -> PolicyPart:
         assert self._policy is not None, (

@@ -6,6 +6,7 @@ the bytes, the pages give way first (down to a floor), then the idle models that
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from math import exp2
 
 from ganglion.errors import ConfigError
 from ganglion.service import ModelState
@@ -53,8 +54,11 @@ class _Model:
 
     def value(self, now_s: float) -> float:
         """Tokens lately, per byte."""
-        decayed = self.num_tokens * 0.5 ** ((now_s - self.counted_s) / HALF_LIFE_S)
-        return decayed / max(1, self.terms.weight_bytes)
+        return self.tokens(now_s) / max(1, self.terms.weight_bytes)
+
+    def tokens(self, now_s: float) -> float:
+        """All of them, old ones counting less."""
+        return self.num_tokens * exp2((self.counted_s - now_s) / HALF_LIFE_S)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,8 +162,7 @@ class Residency:
     def count(self, name: str, num_tokens: int, now_s: float) -> None:
         """A request of this model ended, with so many tokens, prompt included."""
         model = self._models[name]
-        age_s = now_s - model.counted_s
-        model.num_tokens = model.num_tokens * 0.5 ** (age_s / HALF_LIFE_S) + num_tokens
+        model.num_tokens = model.tokens(now_s) + num_tokens
         model.counted_s = model.last_used_s = now_s
 
     def begin(self, name: str) -> None:

@@ -4,15 +4,18 @@ Made by `cli` or a test, used by `pipeline.language` from any thread. Knows no p
 """
 
 import threading
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 from ganglion.engine.grammar import GrammarCompiler, GrammarMatcher
 from ganglion.engine.sampler import check_sampling
 from ganglion.errors import FieldError, UnsupportedFieldError
 from ganglion.generation import GenerateRequest, LanguageSpec
-from ganglion.models.language import LanguageModel
+from ganglion.models.language import KvGroup, LanguageModel, StateGroup
+from ganglion.pipeline.residency import Stay
 from ganglion.service import TextTokenizer
+
+PINNED = Stay()
 
 
 class ShowingTokenizer(TextTokenizer, Protocol):
@@ -28,15 +31,75 @@ class ShowingTokenizer(TextTokenizer, Protocol):
         ...
 
 
+@runtime_checkable
+class LanguageSource(Protocol):
+    """A checked model whose weights may not be read yet: what is known from its config and headers."""
+
+    @property
+    def spec(self) -> LanguageSpec:
+        """Of the model."""
+        ...
+
+    @property
+    def groups(self) -> tuple[KvGroup | StateGroup, ...]:
+        """Of the model: the pool is made with their layouts."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the model takes once it is loaded, besides pages."""
+        ...
+
+    def load(self) -> LanguageModel:
+        """The model, ready to run, its weights in memory; another one with each call. Takes seconds to minutes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InMemory:
+    """The source of a model that somebody has loaded already."""
+
+    model: LanguageModel
+    weight_bytes: int = 0
+
+    @property
+    def spec(self) -> LanguageSpec:
+        """As LanguageSource.spec."""
+        return self.model.spec
+
+    @property
+    def groups(self) -> tuple[KvGroup | StateGroup, ...]:
+        """As LanguageSource.groups."""
+        return self.model.groups
+
+    def load(self) -> LanguageModel:
+        """The same one with each call."""
+        return self.model
+
+
 class ServedLanguage:
     """A model and its tokenizer. `max_tokens`: of one request, prompt and answer; 0: as many as the model can."""
 
     def __init__(
-        self, model: LanguageModel, tokenizer: ShowingTokenizer, *, max_tokens: int = 0
+        self,
+        model: LanguageModel | LanguageSource,
+        tokenizer: ShowingTokenizer,
+        *,
+        max_tokens: int = 0,
+        stay: Stay = PINNED,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        most = model.spec.max_tokens
-        self.spec: LanguageSpec = replace(model.spec, max_tokens=min(max_tokens or most, most))
+        """`model`: one in memory stays there; one that may go needs a source to come from."""
+        self.source: LanguageSource
+        if isinstance(model, LanguageModel):
+            assert stay.is_pinned, "a model that may go needs a source to come from"
+            self.source = InMemory(model=model)
+        else:
+            self.source = model
+        self.tokenizer, self.stay = tokenizer, stay
+        most = self.source.spec.max_tokens
+        self.spec: LanguageSpec = replace(
+            self.source.spec, max_tokens=min(max_tokens or most, most)
+        )
         self._lock = threading.Lock()
         self._compiler: GrammarCompiler | None = None
 
