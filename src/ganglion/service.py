@@ -69,6 +69,10 @@ class TextTokenizer(Protocol):
         """Ids of `text`, with the special tokens that the model puts in front of a plain prompt."""
         ...
 
+    def encode_rendered(self, text: str) -> tuple[int, ...]:
+        """Ids of `text` alone: what a template wrote has its special tokens in it."""
+        ...
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids; bytes that are no character yet become U+FFFD."""
         ...

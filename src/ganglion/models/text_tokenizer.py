@@ -113,6 +113,10 @@ class ByteTokenizer:
         """The bytes of `text`."""
         return tuple(_checked(text).encode("utf-8"))
 
+    def encode_rendered(self, text: str) -> tuple[int, ...]:
+        """The same: nothing is put in front of a prompt."""
+        return self.encode(text)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the bytes; those that are no character become U+FFFD."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", errors="replace")

@@ -133,6 +133,10 @@ class VisionTokenizer:
         """As TextTokenizer.encode."""
         return self._text.encode(text)
 
+    def encode_rendered(self, text: str) -> tuple[int, ...]:
+        """As TextTokenizer.encode_rendered."""
+        return self._text.encode_rendered(text)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """As TextTokenizer.decode."""
         return self._text.decode(token_ids)

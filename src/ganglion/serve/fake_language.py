@@ -52,6 +52,10 @@ class ByteTokenizer:
         """BEGIN and the bytes."""
         return (BEGIN, *text.encode())
 
+    def encode_rendered(self, text: str) -> tuple[int, ...]:
+        """The bytes."""
+        return tuple(text.encode())
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the bytes."""
         return bytes(token for token in token_ids if token < BEGIN).decode(errors="replace")

@@ -47,6 +47,7 @@ UNSUPPORTED = {
     "continue_final_message": "the assistant always begins a message of its own",
     "documents": "put them into a message",
     "echo": "use /v1/completions",
+    "add_special_tokens": "templates write their own",
 }
 ID_PREFIX = "chatcmpl-"
 

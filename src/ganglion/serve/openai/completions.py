@@ -24,6 +24,7 @@ from ganglion.serve.openai.sampling import (
     read_token,
     room_for,
 )
+from ganglion.serve.openai.tokens import encode
 from ganglion.wire import describe
 
 MAX_PROMPTS = 128
@@ -207,9 +208,10 @@ def _joined(old: dict[str, Any] | None, new: dict[str, Any] | None) -> dict[str,
 def _read_prompts(fields: Fields, chosen: Chosen) -> list[tuple[int, ...]]:
     """A string, a list of strings, a list of token ids, or a list of those lists."""
     value, spec = fields.raw("prompt"), chosen.spec
+    fields.flag("add_special_tokens")  # of texts; token ids are taken as they are
     expected = f"a string, token ids, or a list of at most {MAX_PROMPTS} of either"
     if isinstance(value, str):
-        return [_encoded(value, "prompt", chosen)]
+        return [_encoded(value, "prompt", fields, chosen)]
     if not isinstance(value, list) or not value:
         raise fields.wrong("prompt", expected)
     if isinstance(value[0], int | float):
@@ -220,7 +222,7 @@ def _read_prompts(fields: Fields, chosen: Chosen) -> list[tuple[int, ...]]:
     for index, item in enumerate(value):
         path = f"prompt[{index}]"
         if isinstance(item, str):
-            prompts.append(_encoded(item, path, chosen))
+            prompts.append(_encoded(item, path, fields, chosen))
         elif isinstance(item, list):
             prompts.append(_read_ids(item, path, spec))
         else:
@@ -228,8 +230,8 @@ def _read_prompts(fields: Fields, chosen: Chosen) -> list[tuple[int, ...]]:
     return prompts
 
 
-def _encoded(text: str, path: str, chosen: Chosen) -> tuple[int, ...]:
-    token_ids = chosen.tokenizer.encode(text)
+def _encoded(text: str, path: str, fields: Fields, chosen: Chosen) -> tuple[int, ...]:
+    token_ids = encode(text, fields, chosen)
     if not token_ids:
         raise FieldError(path, expected="a prompt of at least one token", got="none")
     return token_ids

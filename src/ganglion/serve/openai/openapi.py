@@ -237,6 +237,7 @@ SCHEMAS: dict[str, Schema] = {
         max_tokens=_integer(0, MAX_TOKENS),
         n=_integer(1, MAX_CHOICES),
         echo=FLAG,
+        add_special_tokens=FLAG,
         logprobs=_integer(0, MAX_LOGPROBS),
         **SAMPLING,
     ),
@@ -269,7 +270,9 @@ SCHEMAS: dict[str, Schema] = {
         output={"type": "array", "items": ANY}, usage=ANY,
     ),
     "TokenizeRequest": _either(
-        _asked(("prompt",), model=TEXT, prompt=TEXT, return_token_strs=FLAG),
+        _asked(
+            ("prompt",), model=TEXT, prompt=TEXT, add_special_tokens=FLAG, return_token_strs=FLAG
+        ),
         _asked(
             ("messages",), model=TEXT, messages=_list(_ref("Message"), MAX_MESSAGES, 1), tools=TOOLS,
             return_token_strs=FLAG,
@@ -278,6 +281,11 @@ SCHEMAS: dict[str, Schema] = {
     "TokenizeAnswer": _object(
         ("count", "max_model_len", "tokens"), count={"type": "integer"},
         max_model_len={"type": "integer"}, tokens=TOKEN_IDS, token_strs=_list(TEXT, MAX_TOKENS),
+    ),
+    "TokenizerInfo": _object(
+        ("model", "eos_token", "bos_token", "pad_token", "vocab_size", "max_model_len"),
+        model=TEXT, eos_token=_nullable(TEXT), bos_token=_nullable(TEXT), pad_token=_nullable(TEXT),
+        vocab_size={"type": "integer"}, max_model_len={"type": "integer"},
     ),
     "DetokenizeRequest": _asked(("tokens",), model=TEXT, tokens=TOKEN_IDS),
     "DetokenizeAnswer": _object(("prompt",), prompt=TEXT),
@@ -314,7 +322,10 @@ def openapi_body() -> dict[str, Any]:
         "/detokenize": _post("Token ids to text", "Detokenize"),
     }
     name = {"name": "name", "in": "path", "required": True, "schema": TEXT}
+    model = {"name": "model", "in": "query", "schema": TEXT}
     gets = {
+        "/tokenizer_info": _get("What a tokenizer's user must know", "TokenizerInfo")
+        | {"parameters": [model]},
         "/v1/models": _get("All models, language and policy", "Models"),
         "/v1/models/{name}": _get("One model", "Model") | {"parameters": [name]},
     }

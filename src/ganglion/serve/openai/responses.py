@@ -34,6 +34,7 @@ UNSUPPORTED = {
     "max_tool_calls": "functions are called by the client",
     "context_management": "nothing is stored",
     "moderation": "nothing is moderated",
+    "add_special_tokens": "templates write their own",
 }
 LOGPROBS = "message.output_text.logprobs"
 # Asked for by agents as a matter of course; models here have none of it, so leaving it out is the true answer.

@@ -73,12 +73,20 @@ def openai_routes(language: LanguageService, *, policy: PolicySpec | None) -> li
         return _json(described)
 
     tokens = TokenReader(catalog)
+
+    async def tokenizer_info(request: Request) -> Response:
+        try:
+            return _json(tokens.info(request.query_params.get("model")))
+        except GanglionError as error:
+            return _json(error_body(error, ""), status_of(error))
+
     return [
         generate("/v1/chat/completions", ChatReader(catalog).read),
         generate("/v1/completions", CompletionReader(catalog).read),
         generate("/v1/responses", ResponseReader(catalog).read),
         compute("/tokenize", tokens.tokenize),
         compute("/detokenize", tokens.detokenize),
+        Route("/tokenizer_info", tokenizer_info),
         Route("/openapi.json", document),
         Route(MODELS_PATH, models),
         Route(MODELS_PATH + "/{name:path}", model),

@@ -1,17 +1,31 @@
-"""Tokens: `/tokenize` and `/detokenize`, in vLLM's shapes.
+"""Tokens: `/tokenize`, `/detokenize` and `/tokenizer_info`, in vLLM's shapes.
 
 Called by `routes`. Knows the tokenizers of the catalog.
 """
 
 from typing import Any
 
-from ganglion.serve.openai.catalog import Catalog
+from ganglion.errors import UnsupportedFieldError
+from ganglion.serve.openai.catalog import Catalog, Chosen
 from ganglion.serve.openai.fields import Fields
 from ganglion.serve.openai.messages import read_messages
 from ganglion.serve.openai.sampling import read_token
 from ganglion.serve.openai.tools import CHAT_SHAPE, read_tools
 
 MAX_TOKEN_IDS = 2**20
+UNSUPPORTED = {  # beside messages
+    "add_special_tokens": "templates write their own",
+    "continue_final_message": "the assistant always begins a message of its own",
+    "chat_template": "templates are the model's own",
+    "chat_template_kwargs": "templates take messages and tools only",
+}
+
+
+def encode(text: str, fields: Fields, chosen: Chosen) -> tuple[int, ...]:
+    """Ids of a prompt; by vLLM's `add_special_tokens: false` without those that the model puts in front."""
+    if fields.flag("add_special_tokens") is False:
+        return chosen.tokenizer.encode_rendered(text)
+    return chosen.tokenizer.encode(text)
 
 
 class TokenReader:
@@ -25,13 +39,17 @@ class TokenReader:
         fields = Fields(body)
         chosen = self._catalog.choose(fields)
         if fields.raw("messages") is not None:
+            fields.refuse(UNSUPPORTED)
+            if fields.flag("add_generation_prompt") is False:
+                why = "the assistant always speaks next"
+                raise UnsupportedFieldError("add_generation_prompt", why=why)
             tools = read_tools(fields, CHAT_SHAPE, chosen.spec.family)
             token_ids = chosen.tokenizer.chat(read_messages(fields), tools=tools.shown)
         else:
             prompt = fields.text("prompt")
             if prompt is None:
                 raise fields.wrong("prompt", "a string, or messages instead")
-            token_ids = chosen.tokenizer.encode(prompt)
+            token_ids = encode(prompt, fields, chosen)
         answer: dict[str, Any] = {
             "count": len(token_ids),
             "max_model_len": chosen.spec.max_tokens,
@@ -42,6 +60,22 @@ class TokenReader:
                 chosen.tokenizer.token_bytes(token).decode(errors="replace") for token in token_ids
             ]
         return answer
+
+    def info(self, name: str | None) -> dict[str, Any]:
+        """What a client must know to ask for tokens instead of loading the tokenizer: lm-eval does.
+
+        Raises as `Catalog.choose`.
+        """
+        chosen = self._catalog.choose(Fields({"model": name}))
+        texts = (chosen.tokenizer.decode((token,)) for token in chosen.spec.eos_ids)
+        return {
+            "model": chosen.spec.name,
+            "eos_token": next((text for text in texts if text), None),
+            "bos_token": chosen.tokenizer.decode(chosen.tokenizer.encode("")) or None,
+            "pad_token": None,
+            "vocab_size": chosen.spec.vocab_size,
+            "max_model_len": chosen.spec.max_tokens,
+        }
 
     def detokenize(self, body: object) -> dict[str, Any]:
         """`tokens`: `{"prompt"}`."""
