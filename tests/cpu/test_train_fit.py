@@ -11,7 +11,7 @@ from ganglion.errors import CheckpointError, FieldError
 from ganglion.models.policies.flow_checkpoint import load_flow_checkpoint
 from ganglion.models.tiny import TINY_FLOW
 from ganglion.robots.metaworld import TASKS
-from ganglion.train.dataset import AugmentConfig, Dataset, prompts
+from ganglion.train.dataset import ANY, AugmentConfig, Dataset, Statistics, prompts
 from ganglion.train.demonstrations import CollectConfig, plan_shards
 from ganglion.train.fit import (
     FitConfig,
@@ -109,7 +109,7 @@ def test_no_shards_is_said_with_the_next_step(tmp_path: Path) -> None:
 
 
 def test_half_of_the_draws_have_a_committed_prefix() -> None:
-    draw = draw_of_step(FitConfig(), MODEL, step=3, num_rows=400)
+    draw = draw_of_step(FitConfig(), MODEL, step=3, num_committed=np.full(400, ANY))
     is_committed = draw.tau == 1.0
     lengths = is_committed.sum(1)
     assert int(lengths.max()) == MODEL.max_prefix
@@ -119,6 +119,85 @@ def test_half_of_the_draws_have_a_committed_prefix() -> None:
     assert torch.equal(is_committed, expected)
     free = draw.tau.masked_fill(is_committed, float("nan"))
     assert torch.equal(free.nan_to_num(9).amin(1), free.nan_to_num(-9).amax(1))
+
+
+def test_known_prefixes_are_the_ones_that_are_given() -> None:
+    num_committed = np.array([0, 3, 20, 7])
+    draw = draw_of_step(FitConfig(), MODEL, step=3, num_committed=num_committed)
+    assert (draw.tau == 1.0).sum(1).tolist() == num_committed.tolist()
+
+
+@pytest.fixture
+def late_dir(tmp_path: Path) -> Path:
+    """Two episodes of rows at uneven ticks: an expert's chunk counts up from its tick, what ran is minus its tick."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "late"
+    folder.mkdir()
+    ticks = np.array([0, 3, 5, 9, 30, 0, 2])
+    ahead = np.arange(48, dtype=np.float32)
+    np.savez(
+        folder / "push.delayed-in-still-push.000.npz",
+        corner=rng.integers(0, 256, (7, 32, 32, 3)).astype(np.uint8),
+        gripper=rng.integers(0, 256, (7, 32, 32, 3)).astype(np.uint8),
+        state=np.full((7, 4), 0.5, np.float32),
+        privileged=rng.normal(size=(7, 39)).astype(np.float32),
+        chunk=np.repeat((ticks[:, None] + ahead)[..., None], 4, 2).astype(np.float32),
+        executed=-np.repeat((ticks[:, None] + ahead[:20])[..., None], 4, 2).astype(np.float32),
+        tick=ticks.astype(np.int32),
+        episode=np.array([0, 0, 0, 0, 0, 1, 1], np.int32),
+    )
+    return folder
+
+
+PLAIN = Statistics(
+    state_mean=np.zeros(4, np.float32),
+    state_std=np.ones(4, np.float32),
+    action_mean=np.zeros(4, np.float32),
+    action_std=np.ones(4, np.float32),
+)
+
+
+def test_late_samples_are_asked_what_a_late_chunk_must_say(late_dir: Path) -> None:
+    dataset = Dataset(late_dir, PLAIN)
+    still = AugmentConfig(state_noise=0, late_share=1.0, rolled_share=0.0)
+    seen = set()
+    for step in range(40):
+        batch = dataset.batch(step=step, batch_size=7, seed=0, augment=still)
+        for chunk, num_committed in zip(batch.chunk[..., 0], batch.num_committed, strict=True):
+            first = abs(chunk[0])  # the tick of the picture
+            # what ran, then the expert from the tick on at which the chunk arrives
+            assert (chunk[:num_committed] == -(first + np.arange(num_committed))).all()
+            assert (chunk[num_committed:] == first + np.arange(num_committed, 48)).all()
+            seen.add((int(first), int(num_committed)))
+    # every pair of rows of one episode that lie at most 20 ticks apart; last rows are asked as they are
+    pairs = {(0, 3), (0, 5), (0, 9), (3, 2), (3, 6), (5, 4), (0, 2)}
+    assert seen == pairs | {(9, 0), (30, 0), (2, 0)}
+
+
+def test_rolled_samples_start_where_the_arm_will_be(late_dir: Path) -> None:
+    dataset = Dataset(late_dir, PLAIN)
+    rolled = AugmentConfig(state_noise=0, late_share=0.0, rolled_share=1.0)
+    plain = replace(rolled, rolled_share=0.0)
+    batch = dataset.batch(step=0, batch_size=7, seed=0, augment=rolled)
+    unrolled = dataset.batch(step=0, batch_size=7, seed=0, augment=plain)
+    assert (batch.num_committed == 0).all()
+    assert (unrolled.num_committed == 0).all()
+    assert (unrolled.state == 0.5).all()
+    for row in range(7):
+        delay = int(batch.chunk[row, 0, 0] - unrolled.chunk[row, 0, 0])
+        # what ran is negative in all dimensions: the hand goes back, the gripper opens
+        assert (batch.state[row, :3] < 0.5).all() == (delay > 0), delay
+
+
+def test_training_goes_on_from_a_checkpoint(data_dir: Path, late_dir: Path, tmp_path: Path) -> None:
+    fitted = fit(CONFIG, data_dir, tmp_path / "first", lambda _: None, model=MODEL)
+    ship(fitted, tmp_path / "checkpoint")
+    start = load_flow_checkpoint(tmp_path / "checkpoint", dtype=torch.float32)
+    config = replace(CONFIG, num_steps=1, learning_rate=0.0)
+    again = fit(config, late_dir, tmp_path / "second", lambda _: None, model=MODEL, start=start)
+    for name, value in start.policy.state_dict().items():
+        torch.testing.assert_close(again.policy.state_dict()[name], value, msg=name)
+    np.testing.assert_allclose(again.statistics.action_mean, fitted.statistics.action_mean)
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:

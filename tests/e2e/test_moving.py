@@ -214,3 +214,28 @@ def test_they_are_worlds_of_the_catalog() -> None:
         assert arm.view is not None
         assert arm.view(96).shape == (96, 96, 3)
         arm.world.close()
+
+
+@pytest.mark.parametrize("motion", list(Motion))
+def test_a_snapshot_brings_the_motion_back(motion: Motion, opened: Open) -> None:
+    world = opened("push", motion)
+    world.reset(10_003)
+    actions = np.random.default_rng(0).uniform(-1, 1, (70, 4)).astype(np.float32)
+    for action in actions[:5]:
+        world.apply(action)
+    snapshot = world.snapshot()
+    ends = []
+    for _ in range(2):
+        for action in actions[5:]:
+            world.advance(action)
+        ends.append((np.stack(world.places), world.privileged_obs.copy(), world.num_ticks))
+        world.restore(snapshot)
+    assert world.num_ticks == 5
+    np.testing.assert_allclose(ends[0][0], ends[1][0], atol=1e-6)
+    np.testing.assert_allclose(ends[0][1], ends[1][1], atol=1e-6)
+    assert ends[0][2] == ends[1][2] == 70
+    # a look ahead sees what an episode that goes there sees
+    for action in actions[5:]:
+        world.apply(action)
+    np.testing.assert_allclose(np.stack(world.places), ends[0][0], atol=1e-6)
+    np.testing.assert_allclose(world.privileged_obs[:7], ends[0][1][:7], atol=1e-6)

@@ -12,6 +12,7 @@ from ganglion.models.registry import policy_folder
 from ganglion.robots.metaworld import TASKS
 from ganglion.train.card import CARD_FILE, RESULTS_FILE
 from ganglion.train.corrections import CorrectConfig
+from ganglion.train.delays import DelayedConfig
 from ganglion.train.demonstrations import CollectConfig
 from ganglion.train.evaluate import (
     EvaluateConfig,
@@ -21,7 +22,13 @@ from ganglion.train.evaluate import (
     evaluate_each,
 )
 from ganglion.train.fit import FitConfig
-from ganglion.train.recipe import CorrectionRound, RecipeConfig, Report, run_recipe
+from ganglion.train.recipe import (
+    CorrectionRound,
+    DelayRound,
+    RecipeConfig,
+    Report,
+    run_recipe,
+)
 from ganglion.types import Execution
 
 SHIPPED = policy_folder("metaworld-ten")
@@ -87,6 +94,19 @@ def test_the_whole_recipe_in_miniature(tmp_path: Path) -> None:
                 ),
             ),
         ),
+        delays=(
+            DelayRound(
+                drive=DelayedConfig(
+                    num_still_shards=1,
+                    num_moving_shards=1,
+                    num_crossed_shards=1,
+                    episodes_per_shard=1,
+                    policy_ticks=(3, 6),
+                    max_ticks=12,
+                ),
+                fit=FitConfig(num_steps=3, batch_size=8, num_warmup_steps=1),
+            ),
+        ),
         evaluate=EvaluateConfig(seeds=(20_000,), max_ticks=6),
     )
     reports: list[Report] = []
@@ -98,8 +118,8 @@ def test_the_whole_recipe_in_miniature(tmp_path: Path) -> None:
         out_dir=out,
         on_report=reports.append,
     )
-    assert len(list((tmp_path / "data").glob("*.npz"))) == 2 * (len(TASKS) + 2)
-    assert figures.num_steps == 4
+    assert len(list((tmp_path / "data").glob("*.npz"))) == 4 * len(TASKS) + 6
+    assert figures.num_steps == 4 + 3
     assert load_flow_checkpoint(out).spec.horizon == 48
     assert all(task in (out / CARD_FILE).read_text() for task in TASKS)
     assert len(json.loads((out / RESULTS_FILE).read_text())["opposite"]) == 6

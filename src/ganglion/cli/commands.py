@@ -380,9 +380,9 @@ TRAIN = Command(
             flags=(
                 Flag(
                     name="STAGE",
-                    choices=("collect", "fit", "correct", "evaluate", "all", "lm"),
-                    help="collect demonstrations, fit a policy to them, correct its mistakes, evaluate it; "
-                    "all: collect, half of fit, correct, the rest of fit, evaluate; "
+                    choices=("collect", "fit", "correct", "delays", "evaluate", "all", "lm"),
+                    help="collect demonstrations, fit a policy to them, correct its mistakes, teach it to work with late "
+                    "chunks, evaluate it; all: collect, half of fit, correct, the rest of fit, delays, evaluate; "
                     "lm: tiny language models, on text of this Python installation",
                 ),
             ),
@@ -403,7 +403,8 @@ TRAIN = Command(
                 Flag(
                     name="--checkpoint",
                     metavar="DIR",
-                    help="policy to evaluate: folder or shipped name (default: what fit wrote)",
+                    help="policy to evaluate, or to go on from (delays): folder or shipped name "
+                    "(default: what fit wrote; delays: the shipped policy)",
                 ),
                 JSON,
             ),

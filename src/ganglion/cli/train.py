@@ -29,7 +29,13 @@ from ganglion.train.evaluate import (
     evaluate,
 )
 from ganglion.train.fit import FitConfig, FitProgress, averaged_policy, fit
-from ganglion.train.recipe import RecipeConfig, run_recipe
+from ganglion.train.recipe import (
+    DelayRound,
+    RecipeConfig,
+    delay_rounds,
+    run_recipe,
+    tune_for_delays,
+)
 from ganglion.train.ship import ship
 
 CHECKPOINT = "checkpoint"  # folder in --run that `fit` writes and `evaluate` reads
@@ -56,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
             run_fit(args, until_step=args.until)
         case "correct":
             run_correct(args)
+        case "delays":
+            run_delays(args)
         case "evaluate":
             run_evaluate(args)
         case "all":
@@ -71,6 +79,7 @@ def run_all(args: argparse.Namespace) -> None:
         collect=collect_config(args),
         fit=fitting,
         rounds=rounds,
+        delays=delay_config(args),
         evaluate=EvaluateConfig(seeds=unseen_seeds(args), num_workers=args.workers),
     )
     folder = Path(args.run) / CHECKPOINT
@@ -169,6 +178,36 @@ def run_correct(args: argparse.Namespace) -> None:
             bar.set_postfix(samples=progress.num_samples)
 
         correct(CorrectConfig(num_workers=args.workers), half, Path(args.data), on_progress)
+
+
+def run_delays(args: argparse.Namespace) -> None:
+    """From a trained policy on: it drives with late chunks, the experts say what to do, it learns that, twice."""
+    start = policy_folder(args.checkpoint or PolicyConfig().path)
+    with tqdm(desc="late chunks", unit="shard") as shards, tqdm(desc="fit", unit="step") as steps:
+
+        def on_report(report: CollectProgress | FitProgress | TaskResult) -> None:
+            match report:
+                case CollectProgress():
+                    shards.total = report.num_shards
+                    shards.update(report.num_shards_done - shards.n)
+                case FitProgress():
+                    steps.total = report.num_steps
+                    steps.update(report.step - steps.n)
+                    steps.set_postfix(flow=f"{report.flow_loss:.4f}")
+
+        folder, rounds = Path(args.run), delay_config(args)
+        result = tune_for_delays(rounds, start, Path(args.data), folder, on_report)
+    ship(result, folder / CHECKPOINT)
+    print(f"step {result.step}; ganglion serve {folder / CHECKPOINT}")
+
+
+def delay_config(args: argparse.Namespace) -> tuple[DelayRound, ...]:
+    """The recipe's rounds with late chunks, and what the flags change in them."""
+    rounds = delay_rounds(args.workers)
+    if args.steps is None:
+        return rounds
+    fits = [replace(part.fit, num_steps=min(args.steps, part.fit.num_steps)) for part in rounds]
+    return tuple(replace(part, fit=fitted) for part, fitted in zip(rounds, fits, strict=True))
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ Motion stays in the box that training drew its starts from. No motion solves a t
 puck and goal keep in boxes that are further apart than success reaches.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ganglion.errors import FieldError
-from ganglion.robots.metaworld import RATE_HZ, VIEW_PX, MetaWorld, task_seed
+from ganglion.robots.metaworld import RATE_HZ, VIEW_PX, MetaWorld, Snapshot, task_seed
 from ganglion.robots.wrapped import WrappedMetaWorld
 from ganglion.types import Float32Array
 
@@ -147,6 +148,16 @@ class Jumps:
                 return away
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovingSnapshot:
+    """One moment of one episode, with what moves and how it will move."""
+
+    inner: Snapshot
+    places: tuple[Place, ...]
+    paths: tuple["Drift | Jumps", ...]
+    last_jump_tick: int | None
+
+
 class MovingMetaWorld(WrappedMetaWorld):
     """A MetaWorld with `movers_of(task)` in motion; the same views, state, actions and rate."""
 
@@ -187,6 +198,33 @@ class MovingMetaWorld(WrappedMetaWorld):
             )
 
     def apply(self, action: Float32Array) -> None:
+        self._move()
+        super().apply(action)
+
+    def advance(self, action: Float32Array) -> None:
+        """`apply` without judging success, for looking ahead with a scripted expert."""
+        self._move()
+        self._inner.advance(action)
+
+    def snapshot(self) -> MovingSnapshot:
+        """Everything that `restore` needs to continue from here."""
+        return MovingSnapshot(
+            inner=self._inner.snapshot(),
+            places=self.places,
+            paths=tuple(deepcopy(self._paths)),
+            last_jump_tick=self._last_jump_tick,
+        )
+
+    def restore(self, snapshot: MovingSnapshot) -> None:
+        """Go back to a snapshot of this episode."""
+        for mover, place in zip(self._movers, snapshot.places, strict=True):
+            if mover.kind is not Kind.PUCK:  # a puck is part of the physics
+                self._scene.shift(mover, place - self._scene.place(mover))
+        self._paths = deepcopy(list(snapshot.paths))
+        self._last_jump_tick = snapshot.last_jump_tick
+        self._inner.restore(snapshot.inner)
+
+    def _move(self) -> None:
         tick = self._inner.num_ticks + 1  # of the observation that shows the motion
         for mover, path in zip(self._movers, self._paths, strict=True):
             if isinstance(path, Drift):
@@ -194,7 +232,6 @@ class MovingMetaWorld(WrappedMetaWorld):
             elif tick >= path.due_tick and self._scene.jump(mover, path.place):
                 path.done(tick)
                 self._last_jump_tick = tick
-        super().apply(action)
 
     def _drift(self, mover: Mover, path: Drift, tick: int) -> None:
         step = path.at(tick) - path.at(tick - 1)

@@ -3,6 +3,9 @@
 The part that `robots.moving` and `robots.hidden` share. Knows neither what moves nor what is hidden.
 """
 
+import numpy as np
+import numpy.typing as npt
+
 from ganglion.robots.metaworld import MetaWorld
 from ganglion.robots.world import Views
 from ganglion.types import Float32Array, UInt8Array
@@ -39,6 +42,11 @@ class WrappedMetaWorld:
     @property
     def num_ticks(self) -> int:
         return self._inner.num_ticks
+
+    @property
+    def privileged_obs(self) -> npt.NDArray[np.float64]:
+        """Meta-World's own 39 numbers: for scripted experts only."""
+        return self._inner.privileged_obs
 
     def reset(self, seed: int) -> None:
         self._inner.reset(seed)

@@ -2,6 +2,14 @@
 
 Called by `train.fit`. Knows no model. A batch is a pure function of (seed, step), so a resumed run sees what an
 uninterrupted one would have seen.
+
+Samples of `train.delays` know what was executed after them. Of such a sample a batch asks one of three things:
+
+| share | picture and state of | is given | must say |
+|---|---|---|---|
+| `late_share` | tick t | what ran in t .. t + d | that, then the expert's actions from t + d on |
+| `rolled_share` | tick t, the state rolled forward to t + d | nothing | the expert's actions from t + d on |
+| the rest | tick t | nothing | the expert's actions from t on |
 """
 
 from dataclasses import dataclass
@@ -11,9 +19,20 @@ import numpy as np
 import numpy.typing as npt
 
 from ganglion.errors import FieldError
-from ganglion.robots.metaworld import TASKS
+from ganglion.robots.catalog import METAWORLD_ARM
+from ganglion.robots.execution import roll
+from ganglion.robots.metaworld import ACTION_DIM, TASKS
+from ganglion.train.delays import MAX_DELAY_TICKS
 from ganglion.train.demonstrations import DEMONSTRATION_KINDS
 from ganglion.types import Float32Array, UInt8Array
+
+ANY = -1
+# What samples of `train.delays` have beside the others, and the shape of one.
+_EMPTY: dict[str, tuple[int, ...]] = {
+    "executed": (MAX_DELAY_TICKS, ACTION_DIM),
+    "tick": (),
+    "episode": (),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +44,8 @@ class AugmentConfig:
     bias: float = 0.06
     state_noise: float = 0.02  # in standard deviations
     unknown_word_share: float = 0.03
+    late_share: float = 0.5
+    rolled_share: float = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +67,7 @@ class Batch:
     chunk: Float32Array
     target: Float32Array  # hand to object in 5 cm, object to goal in 10 cm
     prompt_index: npt.NDArray[np.int64]
+    num_committed: npt.NDArray[np.int64]  # first actions that are given; ANY: a sample of no delay
 
 
 def prompts() -> tuple[str, ...]:
@@ -56,7 +78,7 @@ def prompts() -> tuple[str, ...]:
 class Dataset:
     """Samples of all shards in a folder.
 
-    `statistics` are those of the demonstrations alone, or the given ones: corrections that come later do not move them.
+    `statistics` are the given ones, else those of the demonstrations alone: what comes later does not move them.
     """
 
     def __init__(self, data_dir: Path, statistics: Statistics | None = None) -> None:
@@ -70,6 +92,12 @@ class Dataset:
                 for key in ("corner", "gripper", "state", "privileged", "chunk"):
                     parts.setdefault(key, []).append(shard[key])
                 num_rows = len(shard["state"])
+                parts.setdefault("is_late", []).append(np.full(num_rows, "executed" in shard))
+                for key in _EMPTY:
+                    empty = np.zeros((num_rows, *_EMPTY[key]), np.float32)
+                    values = shard[key] if "executed" in shard else empty
+                    parts.setdefault(key, []).append(values)
+                parts.setdefault("shard", []).append(np.full(num_rows, len(parts["is_late"])))
             task, kind, *_ = path.name.split(".")
             parts.setdefault("task", []).append(np.full(num_rows, names.index(task)))
             parts.setdefault("is_demonstration", []).append(
@@ -91,7 +119,13 @@ class Dataset:
         hand, thing, goal = privileged[:, :3], privileged[:, 4:7], privileged[:, 36:39]
         # in units in which a grasp's tolerance is a visible error
         self._target = np.concatenate([(thing - hand) / 0.05, (goal - thing) / 0.1], axis=1)
+        self._executed = np.concatenate(parts["executed"]).astype(np.float32)
+        self._later = _later_rows(
+            *(np.concatenate(parts[key]).astype(np.int64) for key in ("shard", "episode", "tick")),
+            np.concatenate(parts["is_late"]).astype(bool),
+        )
         rows = np.concatenate(parts["is_demonstration"]).astype(bool)
+        rows |= not rows.any()
         self.statistics = statistics or _statistics(self._state[rows], self._chunk[rows])
 
     def __len__(self) -> int:
@@ -106,7 +140,8 @@ class Dataset:
         rng = np.random.default_rng([seed, 2, step])
         views = [_varied(view[rows], rng, augment) for view in self._views]
         statistics = self.statistics
-        state = (self._state[rows] - statistics.state_mean) / statistics.state_std
+        state, chunk, num_committed = self._asked(rows, rng, augment)
+        state = (state - statistics.state_mean) / statistics.state_std
         state += rng.normal(size=state.shape) * augment.state_noise
         per_task = len(prompts()) // len(TASKS)
         # half of the time the canonical sentence, else one of its paraphrases
@@ -114,10 +149,56 @@ class Dataset:
         return Batch(
             images=np.stack(views, axis=1),
             state=state.astype(np.float32),
-            chunk=(self._chunk[rows] - statistics.action_mean) / statistics.action_std,
+            chunk=(chunk - statistics.action_mean) / statistics.action_std,
             target=self._target[rows],
             prompt_index=self._task[rows] * per_task + wording,
+            num_committed=num_committed,
         )
+
+    def _asked(
+        self, rows: npt.NDArray[np.int64], rng: np.random.Generator, augment: AugmentConfig
+    ) -> tuple[Float32Array, Float32Array, npt.NDArray[np.int64]]:
+        """State, chunk and number of given actions of each row, by the table above."""
+        state, chunk = self._state[rows], self._chunk[rows]
+        num_committed = np.full(len(rows), ANY)
+        draws = rng.random((len(rows), 2))
+        for index, row in enumerate(rows):
+            later = self._later[row]
+            if later is None:
+                continue
+            num_committed[index] = 0
+            kind, which = draws[index]
+            if kind >= augment.late_share + augment.rolled_share or not len(later):
+                continue
+            other, delay = later[int(which * len(later))]
+            executed = self._executed[row, :delay]
+            if kind < augment.late_share:
+                num_committed[index] = delay
+                chunk[index] = np.concatenate([executed, self._chunk[other]])[: chunk.shape[1]]
+            else:
+                state[index] = roll(state[index], executed, METAWORLD_ARM)
+                chunk[index] = self._chunk[other]
+        return state, chunk, num_committed
+
+
+def _later_rows(
+    shard: npt.NDArray[np.int64],
+    episode: npt.NDArray[np.int64],
+    tick: npt.NDArray[np.int64],
+    is_late: npt.NDArray[np.bool_],
+) -> list[npt.NDArray[np.int64] | None]:
+    """Of each row the rows [n, 2] (row, ticks later) of its episode within reach; None without delay."""
+    found: list[npt.NDArray[np.int64] | None] = []
+    for row in range(len(tick)):
+        if not is_late[row]:
+            found.append(None)
+            continue
+        others = np.arange(row + 1, min(row + 1 + MAX_DELAY_TICKS, len(tick)))
+        delay = tick[others] - tick[row]
+        is_same = (shard[others] == shard[row]) & (episode[others] == episode[row])
+        kept = is_same & (delay > 0) & (delay <= MAX_DELAY_TICKS)
+        found.append(np.stack([others[kept], delay[kept]], axis=1))
+    return found
 
 
 def _statistics(state: Float32Array, chunk: Float32Array) -> Statistics:

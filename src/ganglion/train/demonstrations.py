@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from ganglion.robots.metaworld import (
     Start,
     task_seed,
 )
+from ganglion.robots.world import Views
 from ganglion.types import Float32Array
 
 HORIZON = 48
@@ -178,6 +179,21 @@ def write_shard(target: Path, rows: list[dict[str, Any]]) -> None:
     partial.rename(target)
 
 
+class ExpertWorld(Protocol):
+    """A world that a scripted expert can look ahead in: Meta-World, still or moving."""
+
+    @property
+    def privileged_obs(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def success(self) -> bool: ...
+    @property
+    def num_ticks(self) -> int: ...
+    def observe(self) -> Views: ...
+    def advance(self, action: Float32Array) -> None: ...
+    def snapshot(self) -> Any: ...
+    def restore(self, snapshot: Any) -> None: ...
+
+
 class Expert:
     """Meta-World's scripted policy of `task`, at work in the scenes of `scene`."""
 
@@ -188,7 +204,7 @@ class Expert:
         self._task = task
         self._is_crossed = task != scene
 
-    def action(self, world: MetaWorld) -> Float32Array:
+    def action(self, world: ExpertWorld) -> Float32Array:
         """What the expert does now, clipped to the bounds."""
         obs = world.privileged_obs
         if self._is_crossed:
@@ -198,14 +214,14 @@ class Expert:
             action = np.asarray(self._policy.get_action(obs), np.float32)
         return np.clip(action, -1.0, 1.0)
 
-    def goal(self, world: MetaWorld) -> npt.NDArray[np.float64]:
+    def goal(self, world: ExpertWorld) -> npt.NDArray[np.float64]:
         """Where this task wants the puck: on the table below the goal (push), or above the table (pick-place)."""
         goal = world.privileged_obs[36:39].copy()
         if self._is_crossed:
             goal[2] = _TABLE_Z_M if self._task == "push" else _LIFT_Z_M
         return goal
 
-    def is_done(self, world: MetaWorld) -> bool:
+    def is_done(self, world: ExpertWorld) -> bool:
         """Whether the instruction is carried out; in its own scenes that is Meta-World's rule."""
         if not self._is_crossed:
             return world.success
@@ -255,7 +271,7 @@ def _run_episode(
     return None
 
 
-def sample(world: MetaWorld, expert: Expert) -> dict[str, Any]:
+def sample(world: ExpertWorld, expert: Expert) -> dict[str, Any]:
     views = world.observe()
     return {
         "corner": views[CORNER_KEY],
@@ -267,7 +283,7 @@ def sample(world: MetaWorld, expert: Expert) -> dict[str, Any]:
     }
 
 
-def expert_chunk(world: MetaWorld, expert: Expert) -> Float32Array:
+def expert_chunk(world: ExpertWorld, expert: Expert) -> Float32Array:
     """The expert's next HORIZON actions from here without noise; the world is left as it was."""
     snapshot = world.snapshot()
     chunk = np.empty((HORIZON, 4), np.float32)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,8 +24,9 @@ from torch.nn import functional
 from ganglion.clock import Clock, RealClock
 from ganglion.errors import CheckpointError
 from ganglion.models.policies.flow import FlowConfig, FlowPolicy
+from ganglion.models.policies.flow_checkpoint import FlowCheckpoint
 from ganglion.models.tokenizer import WordTokenizer
-from ganglion.train.dataset import AugmentConfig, Batch, Dataset, Statistics, prompts
+from ganglion.train.dataset import ANY, AugmentConfig, Batch, Dataset, Statistics, prompts
 
 _STATE_FILE = "training_state.safetensors"
 MODEL = FlowConfig(vocab_size=96)  # what the shipped policy is
@@ -112,8 +114,11 @@ class Draw:
     tau: Tensor
 
 
-def draw_of_step(config: FitConfig, model: FlowConfig, *, step: int, num_rows: int) -> Draw:
-    """The noise of one step, from the seed and the step alone."""
+def draw_of_step(
+    config: FitConfig, model: FlowConfig, *, step: int, num_committed: npt.NDArray[np.int64]
+) -> Draw:
+    """The noise of one step, from the seed and the step alone; a row for each of `num_committed`, the given actions."""
+    num_rows = len(num_committed)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     noise = torch.randn(num_rows, model.horizon, model.action_dim, generator=generator)
     # dense near the noise, where the choice between futures is made (as pi0's beta distribution)
@@ -121,7 +126,9 @@ def draw_of_step(config: FitConfig, model: FlowConfig, *, step: int, num_rows: i
     tau = tau.clamp(max=0.999).expand(-1, model.horizon)
     length = torch.randint(1, model.max_prefix + 1, (num_rows, 1), generator=generator)
     has_prefix = torch.rand(num_rows, 1, generator=generator) < config.prefix_share
-    is_committed = has_prefix & (torch.arange(model.horizon)[None] < length)
+    known = torch.from_numpy(num_committed)[:, None]
+    length = torch.where(known == ANY, length * has_prefix, known)
+    is_committed = torch.arange(model.horizon)[None] < length
     return Draw(noise=noise, tau=torch.where(is_committed, 1.0, tau))
 
 
@@ -133,9 +140,12 @@ def fit(
     *,
     model: FlowConfig = MODEL,
     until_step: int | None = None,
+    start: FlowCheckpoint | None = None,
     clock: Clock | None = None,
 ) -> FitResult:
     """Train from the last state in `run_dir`, if there is one, to `until_step` (None: `config.num_steps`).
+
+    `start`: whose weights and statistics a run begins with, instead of random ones.
 
     The learning rate follows `config.num_steps` wherever this call stops, so a run may be cut and continued.
     """
@@ -150,7 +160,11 @@ def fit(
     trainee = _Trainee(model)
     run = _Run(trainee, config)
     has_state = (run_dir / _STATE_FILE).exists()
-    step, statistics = run.load(run_dir) if has_state else (0, None)
+    step, statistics = 0, None
+    if has_state:
+        step, statistics = run.load(run_dir)
+    elif start is not None:
+        statistics = run.start(start)
     dataset = Dataset(data_dir, statistics)
     trainee.to(torch.bfloat16)
     last_step = config.num_steps if until_step is None else min(until_step, config.num_steps)
@@ -160,7 +174,8 @@ def fit(
         batch = dataset.batch(
             step=step, batch_size=config.batch_size, seed=config.seed, augment=config.augment
         )
-        draw = draw_of_step(config, model, step=step, num_rows=config.batch_size * config.num_draws)
+        num_committed = batch.num_committed.repeat(config.num_draws)
+        draw = draw_of_step(config, model, step=step, num_committed=num_committed)
         token_ids = _with_unknown_words(token_table, config, step=step)
         flow_loss, target_loss = trainee.losses(batch, token_ids, draw)
         torch.autograd.backward(flow_loss + config.target_loss_weight * target_loss)
@@ -232,6 +247,23 @@ class _Run:
         decay = min(self._config.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), 1 - decay)
         self._copy_into_trainee()
+
+    def start(self, checkpoint: FlowCheckpoint) -> Statistics:
+        """Begin with the weights of `checkpoint`: the statistics that belong to them."""
+        for name, value in checkpoint.policy.state_dict().items():
+            self._weights[f"policy.{name}"].copy_(value)
+            self._averages[f"policy.{name}"].copy_(value)
+        self._copy_into_trainee()
+        state, action = (
+            checkpoint.processor.state_statistics,
+            checkpoint.processor.action_statistics,
+        )
+        return Statistics(
+            state_mean=state.mean.numpy(),
+            state_std=state.std.numpy(),
+            action_mean=action.mean.numpy(),
+            action_std=action.std.numpy(),
+        )
 
     def averaged_policy(self) -> FlowPolicy:
         """The policy with averaged weights, float32."""

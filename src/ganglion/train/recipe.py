@@ -3,13 +3,18 @@
 Owns the order of the parts. Every part keeps what it has finished, so a stopped recipe continues where it was.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
+from ganglion.errors import FieldError
+from ganglion.models.policies.flow_checkpoint import load_flow_checkpoint
 from ganglion.train.card import Figures, write_card
 from ganglion.train.corrections import CorrectConfig, correct
 from ganglion.train.dataset import Dataset
+from ganglion.train.delays import DelayedConfig, drive_late
 from ganglion.train.demonstrations import CollectConfig, CollectProgress, collect
 from ganglion.train.evaluate import (
     EvaluateConfig,
@@ -31,6 +36,26 @@ class CorrectionRound:
 
     after_step: int
     config: CorrectConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DelayRound:
+    """Episodes with late chunks of the policy as it stands, and training on all of them gathered so far."""
+
+    drive: DelayedConfig
+    fit: FitConfig
+
+
+def delay_rounds(num_workers: int = 2) -> tuple[DelayRound, ...]:
+    """The shipped policy's."""
+    first = FitConfig(
+        num_steps=2000, learning_rate=4e-4, num_warmup_steps=100, target_loss_weight=0.1, seed=1
+    )
+    again = DelayedConfig(first_seed=9_400, round_name="delayed2", num_workers=num_workers)
+    return (
+        DelayRound(drive=DelayedConfig(num_workers=num_workers), fit=first),
+        DelayRound(drive=again, fit=replace(first, learning_rate=2e-4, seed=2)),
+    )
 
 
 def _rounds() -> tuple[CorrectionRound, ...]:
@@ -55,13 +80,14 @@ class RecipeConfig:
     collect: CollectConfig = field(default_factory=CollectConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     rounds: tuple[CorrectionRound, ...] = field(default_factory=_rounds)
+    delays: tuple[DelayRound, ...] = field(default_factory=delay_rounds)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 def run_recipe(
     config: RecipeConfig, *, data_dir: Path, run_dir: Path, out_dir: Path, on_report: OnReport
 ) -> Figures:
-    """Collect, fit with rounds of corrections, evaluate; writes the checkpoint and its card into `out_dir`."""
+    """Collect, fit with rounds of corrections, then with late chunks, evaluate; writes checkpoint and card into `out_dir`."""
     collect(config.collect, data_dir, on_report)
     for number, correction in enumerate(config.rounds):
         draft_dir = run_dir / f"draft-{number}"
@@ -69,9 +95,39 @@ def run_recipe(
             draft = fit(config.fit, data_dir, run_dir, on_report, until_step=correction.after_step)
             ship(draft, draft_dir)
         correct(correction.config, draft_dir, data_dir, on_report)
-    result = fit(config.fit, data_dir, run_dir, on_report)
+    prompt_dir = run_dir / "prompt"
+    prompt = fit(config.fit, data_dir, run_dir, on_report)
+    ship(prompt, prompt_dir)
+    result = tune_for_delays(config.delays, prompt_dir, data_dir, run_dir, on_report)
+    result = replace(result, step=prompt.step + result.step)
     ship(result, out_dir)
     return measure(config.evaluate, result, data_dir=data_dir, out_dir=out_dir, on_report=on_report)
+
+
+def tune_for_delays(
+    rounds: Sequence[DelayRound],
+    start_dir: Path,
+    data_dir: Path,
+    run_dir: Path,
+    on_report: OnReport,
+) -> FitResult:
+    """Rounds of driving with late chunks and of training, from the checkpoint in `start_dir` on.
+
+    A round drives with what the round before has learnt. All of `data_dir` is trained on.
+    """
+    result: FitResult | None = None
+    num_steps = 0
+    for number, part in enumerate(rounds):
+        drive_late(part.drive, start_dir, data_dir, on_report)
+        start = load_flow_checkpoint(start_dir, dtype=torch.float32)
+        folder = run_dir / f"delays-{number}"
+        result = fit(part.fit, data_dir, folder, on_report, start=start)
+        start_dir = folder / "checkpoint"
+        ship(result, start_dir)
+        num_steps += result.step
+    if result is None:
+        raise FieldError("rounds", expected="at least one", got="none")
+    return replace(result, step=num_steps)
 
 
 def measure(

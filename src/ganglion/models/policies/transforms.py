@@ -59,6 +59,16 @@ class Processor:
         self._state, self._action = state, action
         self._low, self._high = torch.tensor(action_low), torch.tensor(action_high)
 
+    @property
+    def state_statistics(self) -> MeanStd:
+        """What states are normalised with."""
+        return self._state
+
+    @property
+    def action_statistics(self) -> MeanStd:
+        """What actions are normalised with."""
+        return self._action
+
     def tokens(self, prompts: Sequence[str]) -> Int[Tensor, "b text"]:
         """Token ids of instructions."""
         return torch.from_numpy(np.stack([self.tokenizer.encode(prompt) for prompt in prompts]))
