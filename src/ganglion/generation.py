@@ -102,7 +102,10 @@ class GenerateRequest:
 
     `tenant`: prefixes are shared within one only. `num_prompt_logprobs`: as `Sampling.num_logprobs`, for the prompt's
     own tokens after the first. `speculate`: who drafts tokens ahead, which changes none: "off", "ngram" (what stood
-    before), or a model of the same tokenizer; None: whoever the server has set. `pictures`: those for which the prompt has room, in order.
+    before), or a model of the same tokenizer; None: whoever the server has set. `adapter`: of the model; "" is none.
+
+    `pictures`: those for which the prompt has room, in order, as they came; `images`: as the model reads them, made of
+    them by who checks the request.
     """
 
     model: str
@@ -113,7 +116,9 @@ class GenerateRequest:
     trace_id: str = ""  # what whoever asks calls it, in the trace; changes nothing else
     num_prompt_logprobs: int | None = None
     speculate: str | None = None
+    adapter: str = ""
     pictures: tuple[Picture, ...] = ()
+    images: tuple[PromptImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from math import lcm
 
 from ganglion.engine.language_work import GroupTable, LanguageRow
 from ganglion.errors import OutOfPagesError
+from ganglion.generation import PromptImage
 from ganglion.layout import PageLayout
 from ganglion.memory.ledger import Ledger
 from ganglion.memory.orders import CopyOrder, Moves
@@ -113,9 +114,11 @@ class LanguagePages:
         tenant = row.work.request.tenant
         for group, keys in zip(self._groups, row.keys, strict=True):
             slots = group.layout.slots
-            scope = f"{self._model}/{group.layout.name}"
+            scope = f"{self._model}/{group.layout.name}\0{row.work.request.adapter}"
             for page in range(len(keys), num_tokens // slots):
-                content = array("q", row.tokens[page * slots : (page + 1) * slots]).tobytes()
+                first, stop = page * slots, (page + 1) * slots
+                content = array("q", row.tokens[first:stop]).tobytes()
+                content += image_content(row.work.request.images, first, stop)
                 before = keys[-1] if keys else b""
                 keys += chain(tenant, scope, (before + content,))
 
@@ -215,9 +218,12 @@ class LanguagePages:
 
     # --- room ----------------------------------------------------------------------------------------------------
 
-    def check_capacity(self, num_tokens: int) -> None:
-        """Raise OutOfPagesError when a row of so many tokens would not even fit into the empty pool."""
-        num_larges, num_all = 0, self._ledger.num_large_pages
+    def check_capacity(self, num_tokens: int, *, num_other_larges: int = 0) -> None:
+        """Raise OutOfPagesError when a row of so many tokens would not even fit into the empty pool.
+
+        `num_other_larges`: large pages that the row needs besides.
+        """
+        num_larges, num_all = 0, self._ledger.num_large_pages - num_other_larges
         for group in self._groups:
             num_pages = self._num_pages(group, num_tokens)
             num_larges += -(-num_pages // group.pages_per_large)
@@ -239,6 +245,13 @@ class LanguagePages:
             for group in self._groups
         )
 
+    def num_larges(self, num_tokens: int) -> int:
+        """Large pages that a row of so many tokens takes of an empty pool."""
+        return sum(
+            -(-self._num_pages(group, num_tokens) // group.pages_per_large)
+            for group in self._groups
+        )
+
     @staticmethod
     def _num_pages(group: GroupShape, num_tokens: int) -> int:
         return group.layout.num_pages(num_tokens) - group.first_needed(num_tokens - 1)
@@ -246,3 +259,15 @@ class LanguagePages:
 
 def _owner(row: LanguageRow) -> str:
     return f"request {row.work.request_id}"
+
+
+def image_content(images: Sequence[PromptImage], first: int, stop: int) -> bytes:
+    """What of the pictures stands in prompt tokens [first, stop): part of the keys of what is computed from them."""
+    content = b""
+    for image in images:
+        if image.first < stop and first < image.end:
+            for place in image.places:
+                if place.start < stop and first < place.stop:
+                    low = max(place.start, first) - first
+                    content += image.key + low.to_bytes(8, "little")
+    return content
