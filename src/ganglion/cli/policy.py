@@ -9,9 +9,11 @@ from pathlib import Path
 
 from ganglion.config import PolicyConfig
 from ganglion.errors import ConfigError
+from ganglion.layout import DTYPE_BYTES
 from ganglion.models.base import Model
 from ganglion.models.policies.plain import PlainModel, PlainPolicy
 from ganglion.models.registry import load_policy, policy_folder
+from ganglion.plan.policy import policy_cost
 from ganglion.spec import PolicySpec
 
 
@@ -27,6 +29,14 @@ def load_model(config: PolicyConfig, *, dtype: str) -> Model:
         )
     num_flow_steps = config.num_flow_steps or None
     return load_policy(policy_folder(config.path), dtype=dtype, num_flow_steps=num_flow_steps)
+
+
+def weights_of(config: PolicyConfig, *, dtype: str) -> int:
+    """Bytes of the policy's weights, from its config alone; of a class in a Python file nothing is known: 0."""
+    if not config.path or ".py" in config.path:
+        return 0
+    cost = policy_cost(policy_folder(config.path), dtype=dtype)
+    return cost.num_weights * DTYPE_BYTES[dtype]
 
 
 def _plain(file: Path, class_name: str, config: PolicyConfig) -> Model:

@@ -12,7 +12,9 @@ from ganglion.cli.settings import resolve
 from ganglion.cli.signals import leave, stop_signal
 from ganglion.clock import RealClock
 from ganglion.generation import LanguageSpec
+from ganglion.service import Residence
 from ganglion.spec import PolicySpec
+from ganglion.units import format_bytes
 
 
 def run(args: argparse.Namespace) -> NoReturn:
@@ -32,8 +34,9 @@ def run(args: argparse.Namespace) -> NoReturn:
         if service.has_policy:
             print(greeting(service.spec, http=http, ws=served.edge.ws_url, has_key=has_key))
         if service.language is not None:
-            specs = service.language.language_models()
-            print(language_greeting(specs, http=http, has_key=has_key))
+            language = service.language
+            models = [(spec, language.residence(spec.name)) for spec in language.language_models()]
+            print(language_greeting(models, http=http, has_key=has_key))
         print("\nCtrl-C stops.", flush=True)
         stopped.wait()
         print("stopping: robots are told to reconnect (close code 1012)", file=sys.stderr)
@@ -63,14 +66,17 @@ def greeting(spec: PolicySpec, *, http: str, ws: str, has_key: bool) -> str:
   robot      ganglion run --url {ws} --world metaworld:drawer-open"""
 
 
-def language_greeting(specs: Sequence[LanguageSpec], *, http: str, has_key: bool) -> str:
+def language_greeting(
+    served: Sequence[tuple[LanguageSpec, Residence]], *, http: str, has_key: bool
+) -> str:
     """What a user of language models needs now: the address, a curl line, a client."""
     header = " -H 'Authorization: Bearer KEY'" if has_key else ""
     key = "KEY" if has_key else "none"
-    name = specs[0].name
+    name = served[0][0].name
     listing = "\n".join(
-        f"serving {spec.name} ({spec.family}, version {spec.version[:12]}): up to {spec.max_tokens} tokens a request"
-        for spec in specs
+        f"serving {spec.name} ({spec.family}, version {spec.version[:12]}): up to {spec.max_tokens} tokens a request, "
+        f"{format_bytes(residence.weight_bytes)} of weights, {residence.stay}"
+        for spec, residence in served
     )
     return f"""{listing}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ganglion.cli.policy import load_model
+from ganglion.cli.policy import load_model, weights_of
 from ganglion.clock import Clock, RealClock
 from ganglion.config import Config
 from ganglion.errors import ConfigError
@@ -61,6 +61,7 @@ def serving(config: Config, *, on_stage: Callable[[str], None]) -> Iterator[Serv
         pipeline=config.pipeline,
         chat=config.chat,
         languages=languages,
+        policy_bytes=weights_of(config.policy, dtype=config.engine.dtype),
         ladder=read_ladder(Path(path), model.spec) if path and model is not None else None,
         clock=clock,
         metrics=metrics,

@@ -7,6 +7,7 @@ of the mapped file.
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -24,10 +25,10 @@ from ganglion.models.decoder_targets import Target, decoder_targets
 from ganglion.models.language import LanguageModel
 from ganglion.models.moe import Moe
 from ganglion.models.moe_load import Part, moe_parts
-from ganglion.models.weights import read_header
+from ganglion.models.weights import give_back_freed, promised, read_header
 from ganglion.plan.headers import STORED_BYTES, read_config, read_object, weight_files
 
-_MAX_MAPPED_BYTES = 128 << 20
+_MAX_MAPPED_BYTES = 32 << 20
 _NUM_RANDOM = 4_194_301  # prime: no two rows of a weight are equal
 _HASHED_BYTES = 1 << 16  # of the head, the middle and the tail of a shard
 
@@ -49,6 +50,31 @@ def load_language(
 
     Raises CheckpointError for a folder that cannot be served: the file or key, what was expected, what is there.
     """
+    outline = _outline(folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes)
+    reader = TensorReader(outline.places, outline.headers, on_progress)
+    fill_decoder(outline.model, outline.targets, outline.experts, reader)
+    return outline.model.eval().requires_grad_(requires_grad=False)
+
+
+def outline_language(
+    folder: Path, *, dtype: torch.dtype, name: str, max_page_bytes: int = 1 << 20
+) -> LanguageModel:
+    """The same model, checked as far as headers go, its weights only promised: for its `spec` and `groups`."""
+    return _outline(folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes).model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outline:
+    """A decoder whose weights are promised, and where they are."""
+
+    model: Decoder
+    targets: Mapping[str, Target]
+    experts: Mapping[int, tuple[Part, ...]]
+    places: Mapping[str, Path]
+    headers: Mapping[Path, Header]
+
+
+def _outline(folder: Path, *, dtype: torch.dtype, name: str, max_page_bytes: int) -> _Outline:
     config = read_config(folder)
     spec = read_decoder_spec(
         config, source=str(folder / "config.json"), eos_ids=generation_eos(folder)
@@ -66,8 +92,7 @@ def load_language(
             dtype=dtype,
             max_page_bytes=max_page_bytes,
         )
-    fill_decoder(model, targets, experts, TensorReader(places, headers, on_progress))
-    return model.eval().requires_grad_(requires_grad=False)
+    return _Outline(model=model, targets=targets, experts=experts, places=places, headers=headers)
 
 
 def random_language(
@@ -208,6 +233,7 @@ class TensorReader:
     def forget(self) -> None:
         """Map files anew: what was read counts as this process's memory until nobody maps it any more."""
         self._mapped, self._mapped_bytes = {}, 0
+        give_back_freed()
 
     def report(self) -> None:
         """Tell who listens how many bytes are loaded."""
@@ -241,6 +267,7 @@ def fill_decoder(
     left = [name for name, value in model.named_parameters() if value.is_meta]
     assert not left, f"nothing fills {left}"
     model.pack(model)
+    give_back_freed()
 
 
 def _set(model: Decoder, name: str, target: Target, reader: TensorReader) -> None:

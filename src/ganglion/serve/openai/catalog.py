@@ -9,7 +9,7 @@ from typing import Any
 from ganglion.generation import LanguageSpec
 from ganglion.serve.openai.fields import Fields
 from ganglion.serve.openai.refusal import ApiError
-from ganglion.service import LanguageService, TextTokenizer
+from ganglion.service import LanguageService, Residence, TextTokenizer
 
 MAX_NAME_LENGTH = 256
 MAX_SHOWN = 8
@@ -57,6 +57,10 @@ class Catalog:
         """All of them."""
         return self._language.language_models()
 
+    def body(self, spec: LanguageSpec, created_s: int) -> dict[str, Any]:
+        """One of them as `/v1/models` lists it."""
+        return _body(spec, self._language.residence(spec.name), created_s)
+
     def _names(self) -> str:
         names = [spec.name for spec in self._language.language_models()]
         if not names:
@@ -65,7 +69,7 @@ class Catalog:
         return f"name one of: {', '.join(names[:MAX_SHOWN])}{rest} (GET /v1/models)"
 
 
-def model_body(spec: LanguageSpec, created_s: int) -> dict[str, Any]:
+def _body(spec: LanguageSpec, residence: Residence, created_s: int) -> dict[str, Any]:
     """A language model as OpenAI lists it; `max_model_len` as vLLM does, the rest is ours."""
     return {
         "id": spec.name,
@@ -78,4 +82,7 @@ def model_body(spec: LanguageSpec, created_s: int) -> dict[str, Any]:
         "version": spec.version,
         "vocab_size": spec.vocab_size,
         "dtype": spec.dtype,
+        "state": residence.state,
+        "stay": residence.stay,
+        "weight_bytes": residence.weight_bytes,
     }

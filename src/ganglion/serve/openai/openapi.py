@@ -292,7 +292,8 @@ SCHEMAS: dict[str, Schema] = {
     "Model": _object(
         ("id", "object", "created", "owned_by", "kind"), id=TEXT, object=_words("model"),
         created={"type": "integer"}, owned_by=TEXT, kind=_words("language", "policy"),
-        max_model_len={"type": "integer"},
+        max_model_len={"type": "integer"}, weight_bytes={"type": "integer"},
+        state=_words("unloaded", "loading", "loaded"), stay=TEXT,
     ),
     "Models": _object(
         ("object", "data"), object=_words("list"), data={"type": "array", "items": _ref("Model")}

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from ganglion.errors import GanglionError
 from ganglion.serve.openai.answer import Prepared
-from ganglion.serve.openai.catalog import Catalog, model_body
+from ganglion.serve.openai.catalog import Catalog
 from ganglion.serve.openai.chat import ChatReader
 from ganglion.serve.openai.completions import CompletionReader
 from ganglion.serve.openai.endpoint import GenerateEndpoint, JsonEndpoint, json_bytes
@@ -53,7 +53,7 @@ def openai_routes(language: LanguageService, *, policy: PolicySpec | None) -> li
         return Route(path, JsonEndpoint(make, max_body_bytes=MAX_BODY_BYTES))
 
     async def models(request: Request) -> Response:
-        listed = [model_body(spec, started_s) for spec in catalog.specs()]
+        listed = [catalog.body(spec, started_s) for spec in catalog.specs()]
         if policy is not None:
             listed.append(_policy_body(policy, started_s))
         return _json({"object": "list", "data": listed})
@@ -63,7 +63,7 @@ def openai_routes(language: LanguageService, *, policy: PolicySpec | None) -> li
         if policy is not None and name == policy.name:
             return _json(_policy_body(policy, started_s))
         try:
-            return _json(model_body(catalog.find(name), started_s))
+            return _json(catalog.body(catalog.find(name), started_s))
         except GanglionError as error:
             return _json(error_body(error, ""), status_of(error))
 
