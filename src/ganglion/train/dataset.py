@@ -120,10 +120,11 @@ class Dataset:
         # in units in which a grasp's tolerance is a visible error
         self._target = np.concatenate([(thing - hand) / 0.05, (goal - thing) / 0.1], axis=1)
         self._executed = np.concatenate(parts["executed"]).astype(np.float32)
-        self._later = _later_rows(
-            *(np.concatenate(parts[key]).astype(np.int64) for key in ("shard", "episode", "tick")),
-            np.concatenate(parts["is_late"]).astype(bool),
+        shard, episode, tick = (
+            np.concatenate(parts[key]).astype(np.int64) for key in ("shard", "episode", "tick")
         )
+        is_late = np.concatenate(parts["is_late"]).astype(bool)
+        self._later = _later_rows(shard, episode, tick, is_late)
         rows = np.concatenate(parts["is_demonstration"]).astype(bool)
         rows |= not rows.any()
         self.statistics = statistics or _statistics(self._state[rows], self._chunk[rows])

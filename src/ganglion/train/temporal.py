@@ -17,6 +17,7 @@ from torch.nn import functional
 from ganglion.clock import Clock, RealClock
 from ganglion.models.policies.flow_checkpoint import FlowCheckpoint
 from ganglion.models.policies.temporal import FROZEN, TemporalConfig, TemporalPolicy
+from ganglion.train.dataset import ANY
 from ganglion.train.fit import Draw, FitConfig, draw_of_step
 from ganglion.train.temporal_dataset import GOAL_SCALE_M, TemporalBatch, TemporalDataset
 
@@ -148,9 +149,8 @@ def fit_temporal(
             seed=config.seed,
             road_dropout=config.road_dropout,
         )
-        draw = draw_of_step(
-            fit_config, policy.flow.config, step=step, num_rows=config.num_rows * config.num_draws
-        )
+        num_committed = np.full(config.num_rows * config.num_draws, ANY)
+        draw = draw_of_step(fit_config, policy.flow.config, step=step, num_committed=num_committed)
         flow_loss, page_loss, hidden_loss = trainee.losses(data, batch, draw)
         torch.autograd.backward(flow_loss + config.goal_loss_weight * (page_loss + hidden_loss))
         run.update(step)
