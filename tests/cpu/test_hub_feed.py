@@ -47,11 +47,15 @@ class Browser:
         self.received.append(message)
 
 
+def feed_of(hub: Hub, service: FakeService) -> Feed:
+    return Feed(hub=hub, service=service, policy=service.spec, language=None, clock=RealClock())
+
+
 def stage(play: Callable[[Hub, Feed], Awaitable[None]]) -> None:
     async def run() -> None:
         with FakeService() as service:
             hub = Hub(RealClock())
-            await play(hub, Feed(hub=hub, service=service, clock=RealClock()))
+            await play(hub, feed_of(hub, service))
             assert hub.num_watchers == 0
 
     asyncio.run(asyncio.wait_for(run(), 30))

@@ -20,6 +20,9 @@ from ganglion.types import (
     Command,
     DegreeStats,
     Execution,
+    LanguageRequestStats,
+    LanguageStats,
+    LanguageStepRecord,
     LivePage,
     Observation,
     OverridePrompt,
@@ -27,6 +30,7 @@ from ganglion.types import (
     PageId,
     PieceRecord,
     PoolStats,
+    PromptPhase,
     RequestId,
     RobotId,
     RowRecord,
@@ -36,6 +40,8 @@ from ganglion.types import (
     SpanKind,
     StepRecord,
 )
+
+SPEC = fake_spec()
 
 
 def session(name: str, **changes: Any) -> SessionStats:
@@ -134,9 +140,65 @@ def paint(painter: Painter, picture_of: ServiceStats, now_s: float = 10.0) -> Pi
     return painter.paint(picture_of, now_s=now_s, start_s=4.0)
 
 
-def read(picture: Picture, *, last_step: int = -1, pool_version: int = -1) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads(picture.text(last_step=last_step, pool_version=pool_version))
+def read(
+    picture: Picture, *, last_step: int = -1, last_turn: int = -1, pool_version: int = -1
+) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(
+        picture.text(last_step=last_step, last_turn=last_turn, pool_version=pool_version)
+    )
     return state
+
+
+def turn(number: int) -> LanguageStepRecord:
+    return LanguageStepRecord(
+        step=number,
+        model="tiny",
+        start_s=9.0,
+        run_us=800.0,
+        budget_us=10_000,
+        num_rows=2,
+        num_prefill_tokens=16,
+        num_decode_tokens=1,
+        first_layer=0,
+        num_layers=4,
+        num_running=2,
+        num_waiting=1,
+    )
+
+
+def language(*numbers: int, num_new_tokens: int = 0, **changes: Any) -> LanguageStats:
+    request = LanguageRequestStats(
+        request_id=RequestId(12),
+        model="tiny",
+        phase=PromptPhase.PREFILL,
+        age_s=0.5,
+        num_choices=1,
+        num_prompt_tokens=2000,
+        num_computed_tokens=640,
+        num_cached_tokens=512,
+        num_new_tokens=0,
+        max_new_tokens=64,
+        tokens_per_s=0.0,
+        num_pages=10,
+        num_preemptions=1,
+    )
+    known = LanguageStats(
+        requests=(request,),
+        num_under_way=1,
+        num_running=1,
+        num_waiting=0,
+        num_results=3,
+        num_errors=1,
+        num_cancelled=2,
+        num_prompt_tokens=100,
+        num_cached_tokens=40,
+        num_new_tokens=num_new_tokens,
+        num_preemptions=1,
+        first_token_p50_ms=None,
+        steps=tuple(turn(number) for number in numbers),
+        layouts={"planner.feature": "tiny"},
+    )
+    return replace(known, **changes)
 
 
 def test_sessions_and_robots_become_arms() -> None:
@@ -195,6 +257,38 @@ def test_each_browser_gets_each_step_once() -> None:
     # card, request, its observation, first unit, units left, version read, observation read; "b" is gone: card 0
     assert piece["rows"] == [[1, 7, 40, 5, 0, 3, 41], [0, 8, 40, 5, 0, 3, 41]]
     assert len(paint(painter, stats(steps=(step(6),))).steps) == 1  # old ones are forgotten
+
+
+def test_planners_are_told_and_each_browser_gets_each_of_their_steps_once() -> None:
+    painter = Painter(Hub(SimulatedClock()))
+    assert read(paint(painter, stats()))["language"] is None
+    picture = paint(painter, stats(language=language(7, 8, num_new_tokens=10)))
+    state = read(picture)
+    assert [each["turn"] for each in state["turns"]] == [7, 8]
+    assert [each["turn"] for each in read(picture, last_turn=7)["turns"]] == [8]
+    assert picture.last_turn == 8
+    assert (state["turns"][0]["num_prefill"], state["turns"][0]["num_decode"]) == (16, 1)
+    (request,) = state["language"]["requests"]
+    assert (request["phase"], request["num_computed_tokens"]) == ("prefill", 640)
+    assert state["language"]["first_token_p50_ms"] is None
+    later = stats(now_s=11.0, language=language(9, num_new_tokens=40))
+    assert read(paint(painter, later))["language"]["tokens_per_s"] == 30.0
+
+
+def test_pages_of_planners_are_told_from_those_of_robots() -> None:
+    picture = paint(Painter(Hub(SimulatedClock())), stats(pool=pool(0), language=language()))
+    layouts = read(picture)["pool"]["layouts"]
+    assert [(each["kind"], each["who"]) for each in layouts] == [
+        ("kv", "robots"),
+        ("feature", "planners"),
+    ]
+
+
+def test_a_server_without_robots_takes_no_order() -> None:
+    order = '{"id": 3, "clear_prompt": {"session_id": "a"}}'
+    answer = json.loads(obey(order, Obedient(), hub(), None))
+    assert answer["id"] == 3
+    assert "has no robots" in answer["error"]["message"]
 
 
 def test_the_pace_and_the_rung_are_told() -> None:
@@ -290,12 +384,12 @@ class Obedient:
 def test_an_operator_sets_a_prompt_and_gives_it_back() -> None:
     service = Obedient()
     order = {"id": 1, "set_prompt": {"session_id": "a", "prompt": " close the drawer  "}}
-    assert json.loads(obey(json.dumps(order), service, hub())) == {
+    assert json.loads(obey(json.dumps(order), service, hub(), SPEC)) == {
         "kind": "answer",
         "id": 1,
         "error": None,
     }
-    obey(json.dumps({"id": 2, "clear_prompt": {"session_id": "a"}}), service, hub())
+    obey(json.dumps({"id": 2, "clear_prompt": {"session_id": "a"}}), service, hub(), SPEC)
     assert service.commands == [
         OverridePrompt(session_id=SessionId("a"), prompt="close the drawer"),
         OverridePrompt(session_id=SessionId("a"), prompt=None),
@@ -332,7 +426,7 @@ def test_an_operator_sets_a_prompt_and_gives_it_back() -> None:
 )
 def test_a_bad_order_is_answered_and_not_carried_out(order: str, what: str) -> None:
     service = Obedient()
-    answer = json.loads(obey(order, service, hub()))
+    answer = json.loads(obey(order, service, hub(), SPEC))
     assert what in answer["error"]["message"]
     assert service.commands == []
 
@@ -340,7 +434,7 @@ def test_a_bad_order_is_answered_and_not_carried_out(order: str, what: str) -> N
 def test_an_operator_disturbs_a_robots_link() -> None:
     service, robots = Obedient(), hub()
     order = {"session_id": "a", "delay_ms": 120, "jitter_ms": 30.5, "loss": 0.25}
-    answer = json.loads(obey(json.dumps({"id": 4, "impair": order}), service, robots))
+    answer = json.loads(obey(json.dumps({"id": 4, "impair": order}), service, robots, SPEC))
     assert answer == {"kind": "answer", "id": 4, "error": None}
     assert robots.robots[0].impair == Impair(delay_ms=120.0, jitter_ms=30.5, loss=0.25)
     assert service.commands == []
@@ -354,6 +448,8 @@ def test_an_error_of_the_service_is_answered_with_its_next_step() -> None:
         def control(self, command: Command) -> None:
             raise GanglionError("too busy", next_step="try later")
 
-    answer = json.loads(obey('{"id": 9, "clear_prompt": {"session_id": "a"}}', Refusing(), hub()))
+    answer = json.loads(
+        obey('{"id": 9, "clear_prompt": {"session_id": "a"}}', Refusing(), hub(), SPEC)
+    )
     assert answer["id"] == 9
     assert answer["error"] == {"code": "internal", "message": "too busy", "next_step": "try later"}

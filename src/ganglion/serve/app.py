@@ -56,7 +56,7 @@ def build_app(
 ) -> ASGIApp:
     """The whole edge as one ASGI application. Raises ConfigError when it would be open to the world.
 
-    `is_language_only`: the service has no policy, so there is neither a door for robots nor a dashboard of them.
+    `is_language_only`: the service has no policy, so there is no door for robots, and the dashboard shows none.
     """
     check_exposure(config)
     policy = None if is_language_only else service.spec
@@ -65,9 +65,11 @@ def build_app(
         routes += openai_routes(language, policy=policy)
     routes += health_routes(service, metrics)
     robots: RobotEndpoint | None = None
+    hub = Hub(clock, max_robots=config.max_connections)
+    routes += dashboard_routes(
+        hub=hub, service=service, policy=policy, language=language, clock=clock
+    )
     if policy is not None:
-        hub = Hub(clock, max_robots=config.max_connections)
-        routes += dashboard_routes(hub=hub, service=service, clock=clock)
         robots = RobotEndpoint(service, config=config, clock=clock, metrics=metrics)
     if language is None:
         routes += missing_routes("serve a language model too: ganglion serve chat=MODEL")

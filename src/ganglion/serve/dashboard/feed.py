@@ -13,6 +13,7 @@ import contextlib
 import json
 import struct
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -21,7 +22,8 @@ from ganglion.clock import Clock
 from ganglion.serve.dashboard.orders import MAX_ORDER_BYTES, obey
 from ganglion.serve.dashboard.picture import Painter, Picture
 from ganglion.serve.hub import Hub
-from ganglion.service import Service
+from ganglion.service import LanguageService, Service
+from ganglion.spec import PolicySpec
 from ganglion.types import SessionId
 
 PICTURE_PERIOD_S = 0.1
@@ -34,6 +36,7 @@ class Seen:
     """What one browser has been sent."""
 
     last_step: int = -1
+    last_turn: int = -1
     pool_version: int = -1
     jpeg_versions: dict[SessionId, int] = field(default_factory=dict)
 
@@ -41,8 +44,17 @@ class Seen:
 class Feed:
     """All browsers of one server."""
 
-    def __init__(self, *, hub: Hub, service: Service, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        hub: Hub,
+        service: Service,
+        policy: PolicySpec | None,
+        language: LanguageService | None,
+        clock: Clock,
+    ) -> None:
         self._hub, self._service, self._clock = hub, service, clock
+        self._policy, self._language = policy, language
         self._start_s = clock.now_s()
         self._painter = Painter(hub)
         self._task: asyncio.Task[None] | None = None
@@ -105,9 +117,12 @@ class Feed:
 
     async def _send_picture(self, socket: WebSocket, picture: Picture, seen: Seen) -> None:
         await socket.send_text(
-            picture.text(last_step=seen.last_step, pool_version=seen.pool_version)
+            picture.text(
+                last_step=seen.last_step, last_turn=seen.last_turn, pool_version=seen.pool_version
+            )
         )
-        seen.last_step, seen.pool_version = picture.last_step, picture.pool_version
+        seen.last_step, seen.last_turn = picture.last_step, picture.last_turn
+        seen.pool_version = picture.pool_version
         seen.jpeg_versions = {
             session_id: version
             for session_id, version in seen.jpeg_versions.items()
@@ -133,25 +148,38 @@ class Feed:
             if len(text) > MAX_ORDER_BYTES:
                 await socket.close(1009, f"an order has at most {MAX_ORDER_BYTES} characters")
                 return
-            await socket.send_text(obey(text, self._service, self._hub))
+            await socket.send_text(obey(text, self._service, self._hub, self._policy))
 
     def _hello(self) -> str:
-        spec = self._service.spec
+        models = () if self._language is None else self._language.language_models()
         return json.dumps(
             {
                 "kind": "hello",
                 "version": __version__,
-                "policy": {
-                    "name": spec.name,
-                    "family": spec.family,
-                    "version": spec.version,
-                    "horizon": spec.horizon,
-                    "action_dim": spec.action_dim,
-                    "num_flow_steps": spec.num_flow_steps,
-                    "control_hz": spec.control_hz,
-                    "action_low": spec.action_low,
-                    "action_high": spec.action_high,
-                    "max_prompt_bytes": spec.max_prompt_bytes,
-                },
+                "policy": None if self._policy is None else _policy(self._policy),
+                "models": [
+                    {
+                        "name": spec.name,
+                        "family": spec.family,
+                        "version": spec.version,
+                        "max_tokens": spec.max_tokens,
+                    }
+                    for spec in models
+                ],
             }
         )
+
+
+def _policy(spec: PolicySpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "family": spec.family,
+        "version": spec.version,
+        "horizon": spec.horizon,
+        "action_dim": spec.action_dim,
+        "num_flow_steps": spec.num_flow_steps,
+        "control_hz": spec.control_hz,
+        "action_low": spec.action_low,
+        "action_high": spec.action_high,
+        "max_prompt_bytes": spec.max_prompt_bytes,
+    }

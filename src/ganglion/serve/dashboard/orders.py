@@ -16,6 +16,7 @@ from ganglion.errors import FieldError, GanglionError
 from ganglion.serve.hub import Hub
 from ganglion.serve.side import parse_impair
 from ganglion.service import Service
+from ganglion.spec import PolicySpec
 from ganglion.types import OverridePrompt, SessionId
 from ganglion.units import KIB
 
@@ -24,19 +25,29 @@ logger = logging.getLogger(__name__)
 MAX_ORDER_BYTES = 16 * KIB
 
 
-def obey(text: str, service: Service, hub: Hub) -> str:
-    """Carry out one order; the answer to send. Never raises for what the page may have got wrong."""
+def obey(text: str, service: Service, hub: Hub, policy: PolicySpec | None) -> str:
+    """Carry out one order; the answer to send. Never raises for what the page may have got wrong.
+
+    `policy`: None where there is none, and so no robots to order anything.
+    """
     order_id: int | None = None
     try:
         order = _parse(text)
         order_id = order["id"]
+        if policy is None:
+            raise FieldError(
+                "order",
+                expected="none: this server has no robots",
+                got=f"keys {sorted(map(str, order))}"[:120],
+                next_step="serve a policy too: ganglion serve policy=NAME",
+            )
         match order:
             case {"impair": {"session_id": str(session_id), **body}}:
                 impair = parse_impair(body)
                 hub.impair(SessionId(session_id), impair)
                 logger.info("operator: link of session %s is now %s", session_id, impair)
             case _:
-                command = _command(order, max_prompt_bytes=service.spec.max_prompt_bytes)
+                command = _command(order, max_prompt_bytes=policy.max_prompt_bytes)
                 service.control(command)
                 logger.info(
                     "operator: session %s now follows %r", command.session_id, command.prompt

@@ -5,7 +5,6 @@ it is handed statistics that carry theirs. The page's side of the contract is do
 """
 
 import itertools
-import json
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -13,9 +12,18 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from ganglion.serve.dashboard.planners import PlannerPainter, dump, fine, rounded
 from ganglion.serve.hub import Hub, Robot
 from ganglion.serve.side import Impair
-from ganglion.types import PaceStats, PoolStats, ServiceStats, SessionId, SessionStats, StepRecord
+from ganglion.types import (
+    LanguageStats,
+    PaceStats,
+    PoolStats,
+    ServiceStats,
+    SessionId,
+    SessionStats,
+    StepRecord,
+)
 
 STALE_S = 3.0  # telemetry older than this is drawn as old
 LATENCY_WINDOW_S = 10.0
@@ -29,25 +37,33 @@ MAX_PIECE_ROWS = 256
 class Picture:
     """One state of everything, encoded once for all browsers.
 
-    `steps` and `pool` are apart because each browser gets only what it has not seen yet.
+    `steps`, `turns` (steps of language models) and `pool` are apart because each browser gets only what it has not seen
+    yet.
     """
 
     head: str  # JSON members without braces
     steps: tuple[tuple[int, str], ...]  # (step number, JSON object), oldest first
+    turns: tuple[tuple[int, str], ...]
     pool: str
     pool_version: int
     views: Mapping[SessionId, int]  # sessions whose own robot is connected -> card
 
-    def text(self, *, last_step: int, pool_version: int) -> str:
+    def text(self, *, last_step: int, last_turn: int, pool_version: int) -> str:
         """The message for a browser that has seen these."""
         steps = ",".join(text for number, text in self.steps if number > last_step)
+        turns = ",".join(text for number, text in self.turns if number > last_turn)
         pool = f',"pool":{self.pool}' if pool_version != self.pool_version else ""
-        return f'{{"kind":"state",{self.head},"steps":[{steps}]{pool}}}'
+        return f'{{"kind":"state",{self.head},"steps":[{steps}],"turns":[{turns}]{pool}}}'
 
     @property
     def last_step(self) -> int:
         """Number of the newest step; -1 before the first."""
         return self.steps[-1][0] if self.steps else -1
+
+    @property
+    def last_turn(self) -> int:
+        """Number of the newest step of a language model; -1 before the first."""
+        return self.turns[-1][0] if self.turns else -1
 
 
 class Painter:
@@ -58,6 +74,7 @@ class Painter:
         self._cards: dict[SessionId, int] = {}
         self._next_card = itertools.count(1)
         self._steps: dict[int, str] = {}
+        self._planners = PlannerPainter()
         self._latencies: deque[tuple[float, float]] = deque(maxlen=MAX_LATENCIES)
         self._num_chunks: dict[SessionId, int] = {}
         self._pool: PoolStats | None = None
@@ -73,13 +90,16 @@ class Painter:
         self._encode_steps(stats.steps)
         self._encode_pool(stats)
         head = {
-            "now_s": _fine(stats.now_s),
-            "uptime_s": _round(now_s - start_s),
+            "now_s": fine(stats.now_s),
+            "uptime_s": rounded(now_s - start_s),
             "is_ready": stats.is_ready,
             "stage": stats.stage,
             "totals": self._totals(stats, pairs),
             "pace": None if stats.pace is None else _pace(stats.pace),
             "rung": stats.rung,
+            "language": None
+            if stats.language is None
+            else self._planners.paint(stats.language, now_s=stats.now_s),
             "arms": [
                 {
                     "card": self._cards[session_id],
@@ -91,8 +111,9 @@ class Painter:
             ],
         }
         return Picture(
-            head=_dump(head)[1:-1],
+            head=dump(head)[1:-1],
             steps=tuple(self._steps.items()),
+            turns=self._planners.turns,
             pool=self._pool_text,
             pool_version=self._pool_version,
             views={
@@ -146,9 +167,9 @@ class Painter:
         ]
         return {
             "num_arms": len(pairs),
-            "chunk_hz": _round(sum(session.chunk_hz for session in stats.sessions)),
+            "chunk_hz": rounded(sum(session.chunk_hz for session in stats.sessions)),
             "latency_p50_ms": (
-                _round(median(ms for _, ms in self._latencies)) if self._latencies else None
+                rounded(median(ms for _, ms in self._latencies)) if self._latencies else None
             ),
             "num_requests": stats.num_requests,
             "num_results": stats.num_results,
@@ -164,7 +185,7 @@ class Painter:
 
     def _encode_steps(self, records: tuple[StepRecord, ...]) -> None:
         self._steps = {
-            record.step: self._steps.get(record.step) or _dump(_step(record, self._cards))
+            record.step: self._steps.get(record.step) or dump(_step(record, self._cards))
             for record in records
         }
 
@@ -173,7 +194,7 @@ class Painter:
         if stats.now_s - self._pool_s < POOL_PERIOD_S or stats.pool == self._pool:
             return
         self._pool, self._pool_s = stats.pool, stats.now_s
-        text = "null" if stats.pool is None else _dump(_pool(stats.pool))
+        text = "null" if stats.pool is None else dump(_pool(stats.pool, stats.language))
         if text != self._pool_text:
             self._pool_text = text
             self._pool_version += 1
@@ -188,12 +209,12 @@ def _session(session: SessionStats) -> dict[str, Any]:
         "num_superseded": session.num_superseded,
         "num_late_chunks": session.num_deadline_misses,
         "num_errors": session.num_errors,
-        "chunk_hz": _round(session.chunk_hz),
-        "infer_ms": _round(session.last_infer_ms),
+        "chunk_hz": rounded(session.chunk_hz),
+        "infer_ms": rounded(session.last_infer_ms),
         "context_version": session.context_version,
         "in_flight": session.in_flight,
         "execution": session.execution,
-        "wait_ratio": _round(session.wait_ratio),
+        "wait_ratio": rounded(session.wait_ratio),
         "num_pages": dict(session.num_pages),
     }
 
@@ -205,7 +226,7 @@ def _robot(robot: Robot, now_s: float) -> dict[str, Any]:
         "world": hello.world,
         "task": hello.task,
         "prompt": hello.prompt,
-        "control_hz": _round(hello.control_hz),
+        "control_hz": rounded(hello.control_hz),
         "impair": None if robot.impair is None else _impair(robot.impair),
         "telemetry": None,
     }
@@ -218,9 +239,9 @@ def _robot(robot: Robot, now_s: float) -> dict[str, Any]:
     picture["telemetry"] = {
         "is_stale": now_s - robot.telemetry_s > STALE_S,
         "tick": telemetry.tick,
-        "queue": [[_round(value) for value in row] for row in telemetry.queue],
-        "rate_hz": _round(telemetry.rate_hz),
-        "obs_age_ms": _round(telemetry.obs_age_ms),
+        "queue": [[rounded(value) for value in row] for row in telemetry.queue],
+        "rate_hz": rounded(telemetry.rate_hz),
+        "obs_age_ms": rounded(telemetry.obs_age_ms),
         "num_misses": telemetry.num_misses,
         "num_holds": telemetry.num_holds,
         "episode": telemetry.episode,
@@ -228,7 +249,7 @@ def _robot(robot: Robot, now_s: float) -> dict[str, Any]:
         "num_successes": telemetry.num_successes,
         "is_success": telemetry.is_success,
         "reply_prompt": telemetry.reply_prompt,
-        "latency_ms": _round(telemetry.latency_ms),
+        "latency_ms": rounded(telemetry.latency_ms),
     }
     return picture
 
@@ -237,9 +258,10 @@ def _pace(pace: PaceStats) -> dict[str, Any]:
     return {
         "degree": pace.degree,
         "reason": pace.reason,
-        "max_age_ms": _round(pace.max_age_ms),
+        "max_age_ms": rounded(pace.max_age_ms),
         "forecasts": [
-            (each.degree, _round(each.rate_hz), _round(each.latency_ms)) for each in pace.forecasts
+            (each.degree, rounded(each.rate_hz), rounded(each.latency_ms))
+            for each in pace.forecasts
         ],
     }
 
@@ -251,8 +273,8 @@ def _impair(impair: Impair) -> dict[str, Any]:
 def _step(record: StepRecord, cards: Mapping[SessionId, int]) -> dict[str, Any]:
     return {
         "step": record.step,
-        "start_s": _fine(record.start_s),
-        "run_us": _round(record.run_us),
+        "start_s": fine(record.start_s),
+        "run_us": rounded(record.run_us),
         "budget_us": record.budget_us,
         "num_waiting": record.num_waiting,
         "pieces": [
@@ -263,8 +285,8 @@ def _step(record: StepRecord, cards: Mapping[SessionId, int]) -> dict[str, Any]:
                 "lane": piece.lane,
                 "num_rows": piece.num_rows,
                 "num_units": piece.num_units,
-                "start_s": _fine(piece.start_s),
-                "run_us": _round(piece.run_us),
+                "start_s": fine(piece.start_s),
+                "run_us": rounded(piece.run_us),
                 "rows": [
                     (
                         cards.get(row.session_id, 0),
@@ -283,7 +305,8 @@ def _step(record: StepRecord, cards: Mapping[SessionId, int]) -> dict[str, Any]:
     }
 
 
-def _pool(pool: PoolStats) -> dict[str, Any]:
+def _pool(pool: PoolStats, language: LanguageStats | None) -> dict[str, Any]:
+    planners = {} if language is None else language.layouts
     names = list(pool.pages_per_large)
     owners: dict[str, int] = {}
     pages = [
@@ -295,7 +318,6 @@ def _pool(pool: PoolStats) -> dict[str, Any]:
         )
         for page in pool.live_pages[:MAX_DRAWN_PAGES]
     ]
-    kinds = {page.layout: page.kind for page in pool.live_pages}
     return {
         "large_page_bytes": pool.large_page_bytes,
         "num_large_pages": pool.num_large_pages,
@@ -305,7 +327,8 @@ def _pool(pool: PoolStats) -> dict[str, Any]:
         "layouts": [
             {
                 "name": name,
-                "kind": kinds.get(name, name.rpartition(".")[2]),
+                "kind": pool.kind(name),
+                "who": "planners" if name in planners else "robots",
                 "pages_per_large": pool.pages_per_large[name],
                 "num_used": pool.num_used_pages.get(name, 0),
                 "num_cached": pool.num_cached_pages.get(name, 0),
@@ -317,16 +340,3 @@ def _pool(pool: PoolStats) -> dict[str, Any]:
         "num_hidden": sum((*pool.num_used_pages.values(), *pool.num_cached_pages.values()))
         - len(pages),
     }
-
-
-def _round(number: float | None) -> float | None:
-    """Three digits are plenty for eyes; what JSON cannot say becomes null."""
-    return round(number, 3) if number is not None and math.isfinite(number) else None
-
-
-def _fine(time_s: float) -> float:
-    return round(time_s, 6)
-
-
-def _dump(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)

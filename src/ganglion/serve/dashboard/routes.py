@@ -15,7 +15,8 @@ from ganglion.clock import Clock
 from ganglion.serve.dashboard.feed import Feed
 from ganglion.serve.dashboard.robots import SideChannel
 from ganglion.serve.hub import Hub
-from ganglion.service import Service
+from ganglion.service import LanguageService, Service
+from ganglion.spec import PolicySpec
 
 FEED_PATH = "/v1/dashboard"
 SIDE_PATH = "/v1/robots/side"
@@ -40,8 +41,18 @@ HEADERS = {
 }
 
 
-def dashboard_routes(*, hub: Hub, service: Service, clock: Clock) -> list[BaseRoute]:
-    """`/` and `/dashboard/*` (the page), FEED_PATH and SIDE_PATH (websockets)."""
+def dashboard_routes(
+    *,
+    hub: Hub,
+    service: Service,
+    policy: PolicySpec | None,
+    language: LanguageService | None,
+    clock: Clock,
+) -> list[BaseRoute]:
+    """`/` and `/dashboard/*` (the page), FEED_PATH and, where robots can come, SIDE_PATH (websockets).
+
+    `policy`, `language`: None where the server has none.
+    """
     parts = {
         item.name: _Part(item.name, item.read_bytes())
         for item in resources.files(__package__).joinpath("static").iterdir()
@@ -57,13 +68,15 @@ def dashboard_routes(*, hub: Hub, service: Service, clock: Clock) -> list[BaseRo
             return Response("no such part of the dashboard", 404, media_type="text/plain")
         return found.reply(request)
 
-    feed = Feed(hub=hub, service=service, clock=clock)
-    return [
+    feed = Feed(hub=hub, service=service, policy=policy, language=language, clock=clock)
+    routes: list[BaseRoute] = [
         Route("/", page),
         Route("/dashboard/{name}", part),
         WebSocketRoute(FEED_PATH, feed.serve),
-        WebSocketRoute(SIDE_PATH, SideChannel(hub).serve),
     ]
+    if policy is not None:
+        routes.append(WebSocketRoute(SIDE_PATH, SideChannel(hub).serve))
+    return routes
 
 
 class _Part:
