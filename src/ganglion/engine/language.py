@@ -44,6 +44,7 @@ from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
 from ganglion.memory.orders import Moves
 from ganglion.models.language import LanguageModel
+from ganglion.models.lora_load import AdapterSet
 from ganglion.plan.cost import CostModel
 from ganglion.types import LanguageStepRecord, RequestId
 
@@ -81,16 +82,18 @@ class LanguageEngine:
         *,
         max_rows: int,
         cost: CostModel,
+        adapters: Mapping[str, AdapterSet] | None = None,
         policy: Policy = chunked,
         max_batch_tokens: int = 2048,
         is_deterministic: bool = False,
     ) -> None:
         """`max_rows`: choices that are computed at a time, for each model.
 
-        `max_batch_tokens`: bounds the workspace. `is_deterministic`: every token is computed alone, so that its scores
+        `adapters`: by model. `max_batch_tokens`: bounds the workspace. `is_deterministic`: every token is computed alone, so that its scores
         are the same, bit by bit, whatever it is batched with and however its prompt is cut; slow.
         """
         self._ledger, self._arena, self._clock, self._cost = ledger, arena, clock, cost
+        self._adapters = adapters or {}
         self._hosts: dict[str, LanguageHost] = {}
         for name, model in models.items():
             self.open_model(name, model)
@@ -140,7 +143,10 @@ class LanguageEngine:
     def open_model(self, name: str, model: LanguageModel) -> None:
         """Requests may name it from now on. The pool must have the layouts of its groups."""
         assert name not in self._hosts, f"{name} is open already"
-        self._hosts[name] = open_host(name, model, self._ledger, self._arena, self._cost)
+        adapters = self._adapters.get(name)
+        self._hosts[name] = open_host(
+            name, model, self._ledger, self._arena, self._cost, adapters=adapters
+        )
 
     def close_model(self, name: str) -> None:
         """Nobody uses this model any more: no reference to it is kept. Its cached pages stay to be found again."""
@@ -205,6 +211,7 @@ class LanguageEngine:
         for host in self._hosts.values():
             for row in host.admitted:
                 host.pages.relocate(row, moves)
+            host.adapters.relocate(moves)
             if host.forward is not None:
                 host.forward.forget_pages()
 
@@ -238,7 +245,9 @@ class LanguageEngine:
         check_sampling(request.sampling, spec)
         needs_matchers = request.sampling.grammar is not None
         assert len(matchers) == (request.num_choices if needs_matchers else 0), len(matchers)
-        host.pages.check_capacity(num_tokens)
+        host.adapters.check(request.adapter)
+        num_larges = host.adapters.num_larges(request.adapter)
+        host.pages.check_capacity(num_tokens, num_other_larges=num_larges)
 
     # --- one step ------------------------------------------------------------------------------------------------
 

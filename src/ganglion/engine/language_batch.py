@@ -12,10 +12,12 @@ from ganglion.engine.language_host import LAYERS, LanguageHost
 from ganglion.engine.language_pages import Growth
 from ganglion.engine.language_policy import Policy, stage_layers
 from ganglion.engine.language_work import LanguageRow, LanguageWork, Part
-from ganglion.errors import OutOfPagesError
+from ganglion.errors import GanglionError, OutOfPagesError
 from ganglion.memory.arena import Arena
 
 logger = logging.getLogger(__name__)
+
+ADAPTER_BYTES_PER_US = 500  # that are read in within a budget: half of what a slow disk gives
 
 
 class LanguageBatches:
@@ -35,17 +37,18 @@ class LanguageBatches:
         self._max_rows, self._max_batch_tokens = max_rows, max_batch_tokens
         self._is_deterministic = is_deterministic
         self.num_preemptions = 0
-        self.starved: list[tuple[LanguageWork, OutOfPagesError]] = []  # can never fit: to be ended
+        self.starved: list[tuple[LanguageWork, GanglionError]] = []  # can never run: to be ended
 
     def begin(self, host: LanguageHost, budget_us: int) -> Forward | None:
         """The next batch; None when nobody can run now."""
         self._admit(host)
+        self._read_adapters(host, budget_us)
         growth = Growth()
         if host.suspects:
             parts = self._parts(host, host.suspects[:1], [host.suspects[0].num_left], growth)
             return self._forward(host, parts, growth)
         staged = set(host.staged)
-        rows = [row for row in host.admitted if row not in staged]
+        rows = [row for row in host.admitted if row not in staged and host.adapters.is_ready(row)]
         num_left = [row.num_left for row in rows]
         is_prefill = any(left > 1 for left in num_left)
         max_tokens = self._max_tokens(host, budget_us) if is_prefill else len(rows)
@@ -84,6 +87,7 @@ class LanguageBatches:
             self._arena,
             Strand(host.model, parts, self._arena.device) if parts else None,
             stage,
+            adapters=host.adapters,
             is_deterministic=self._is_deterministic,
         )
 
@@ -124,8 +128,15 @@ class LanguageBatches:
                     return
                 if not host.pages.has_room(len(row.tokens), len(admitted)):
                     return
+                if not host.adapters.has_room(
+                    row.work.request.adapter,
+                    num_other_larges=host.pages.num_larges(len(row.tokens)),
+                ):
+                    return
             if any(_makes_prefix_of(row, other, host.pages.unit) for other in admitted):
                 continue
+            if not self._take_adapter(host, row):
+                return
             row.is_admitted = True
             admitted.append(row)
             num_running += num_more
@@ -134,6 +145,22 @@ class LanguageBatches:
             num_hit = 0 if is_scored else host.pages.match(row)
             if work.num_cached is None:
                 work.num_cached = num_hit
+
+    def _take_adapter(self, host: LanguageHost, row: LanguageRow) -> bool:
+        """False: there is no room for the row's adapter now."""
+        try:
+            host.adapters.take(row.work)
+        except OutOfPagesError as error:
+            if not self._holders():
+                self.starved.append((row.work, error))
+            return False
+        return True
+
+    def _read_adapters(self, host: LanguageHost, budget_us: int) -> None:
+        errors = host.adapters.fill(ADAPTER_BYTES_PER_US * budget_us)
+        for work in {row.work for row in host.admitted if row.work.request.adapter in errors}:
+            self.starved.append((work, errors[work.request.adapter]))
+            self._release(work)
 
     @staticmethod
     def _num_choices(row: LanguageRow) -> int:
@@ -187,7 +214,8 @@ class LanguageBatches:
 
 def _makes_prefix_of(row: LanguageRow, other: LanguageRow, unit: int) -> bool:
     """Is `other` computing a page that `row` would match once it is there?"""
-    if other.work.request.tenant != row.work.request.tenant or other.num_left <= 1:
+    asked, asks = other.work.request, row.work.request
+    if (asked.tenant, asked.adapter) != (asks.tenant, asks.adapter) or other.num_left <= 1:
         return False
     end = (other.num_computed // unit + 1) * unit
     return len(row.tokens) > end <= len(other.tokens) and row.tokens[:end] == other.tokens[:end]

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ganglion.engine.adapters import Adapters
 from ganglion.engine.kv_rows import KvRow, TableOfRow
 from ganglion.engine.kv_space import PagedKv
 from ganglion.engine.language_work import LanguageRow, Part
 from ganglion.memory.arena import Arena
-from ganglion.models.language import LanguageModel
+from ganglion.models.language import KvSpace, LanguageModel
+from ganglion.models.lora import AdaptableModel, LoraBatch
 
 
 class Strand:
@@ -69,15 +71,18 @@ class Forward:
         lead: Strand | None,
         stage: Stage | None,
         *,
+        adapters: Adapters | None = None,
         is_deterministic: bool,
     ) -> None:
         self._model, self._arena, self._is_deterministic = model, arena, is_deterministic
+        self._adapters = adapters
         self.lead, self.stage = lead, stage
         self._num_layers = model.spec.num_layers
         self._staged = range(0) if stage is None else stage.groups[stage.next_group]
         self.next_layer = 0 if lead is not None else self._staged.start
         self._last = self._num_layers if lead is not None else self._staged.stop
-        self._kv: tuple[list[Part], PagedKv] | None = None  # of the slice before
+        # of the slice before
+        self._found: tuple[list[Part], PagedKv, LoraBatch | None] | None = None
 
     @property
     def is_done(self) -> bool:
@@ -116,7 +121,8 @@ class Forward:
         if self._is_deterministic:
             hidden = self._run_singly(hidden, positions, parts, layers)
         elif parts:
-            hidden = self._model.run(hidden, positions, self._paged(parts), layers)
+            kv, adapters = self._find(parts)
+            hidden = self._through(hidden, positions, kv, layers, adapters)
         sizes = [strand.num_tokens for strand in strands]
         for strand, of_strand in zip(strands, torch.split(hidden, sizes), strict=True):
             strand.hidden = of_strand
@@ -124,13 +130,29 @@ class Forward:
 
     def forget_pages(self) -> None:
         """Pages moved: the rows' tables say where they are now."""
-        self._kv = None
+        self._found = None
 
-    def _paged(self, parts: list[Part]) -> PagedKv:
-        if self._kv is None or self._kv[0] != parts:
-            rows = [_kv_row(part) for part in parts]
-            self._kv = (parts, PagedKv(self._arena, self._model.groups, rows))
-        return self._kv[1]
+    def _find(self, parts: list[Part]) -> tuple[PagedKv, LoraBatch | None]:
+        if self._found is None or self._found[0] != parts:
+            kv = PagedKv(self._arena, self._model.groups, [_kv_row(part) for part in parts])
+            self._found = (parts, kv, self._batch_of(parts))
+        return self._found[1], self._found[2]
+
+    def _batch_of(self, parts: Sequence[Part]) -> LoraBatch | None:
+        return None if self._adapters is None else self._adapters.batch(parts)
+
+    def _through(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        kv: KvSpace,
+        layers: range,
+        adapters: LoraBatch | None,
+    ) -> Tensor:
+        if adapters is None:
+            return self._model.run(hidden, positions, kv, layers)
+        assert isinstance(self._model, AdaptableModel), f"{self._model.spec.name} takes no adapters"
+        return self._model.run_adapted(hidden, positions, kv, layers, adapters)
 
     def _run_singly(
         self, hidden: Tensor, positions: Tensor, parts: Sequence[Part], layers: range
@@ -142,7 +164,8 @@ class Forward:
                 single = Part(row=part.row, start=start, num_tokens=1)
                 kv = PagedKv(self._arena, self._model.groups, [_kv_row(single)])
                 here = slice(at, at + 1)
-                out.append(self._model.run(hidden[here], positions[here], kv, layers))
+                adapters = self._batch_of([single])
+                out.append(self._through(hidden[here], positions[here], kv, layers, adapters))
                 at += 1
         return torch.cat(out) if out else hidden
 

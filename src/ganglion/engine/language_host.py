@@ -5,6 +5,7 @@ Owned by `engine.language`; batches are made for it by `engine.language_batch`.
 
 from dataclasses import dataclass, field
 
+from ganglion.engine.adapters import Adapters
 from ganglion.engine.language_forward import Forward, Stage
 from ganglion.engine.language_pages import GroupShape, LanguagePages
 from ganglion.engine.language_work import LanguageRow
@@ -12,6 +13,7 @@ from ganglion.engine.sampler import Sampler
 from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
 from ganglion.models.language import LanguageModel
+from ganglion.models.lora_load import AdapterSet
 from ganglion.plan.cost import CostModel
 
 LAYERS, HEAD = "layers", "head"  # stages of the cost model: rows are tokens, units are layers
@@ -24,6 +26,7 @@ class LanguageHost:
     name: str
     model: LanguageModel
     pages: LanguagePages
+    adapters: Adapters
     sampler: Sampler
     cost: CostModel
     rows: list[LanguageRow] = field(default_factory=list)
@@ -47,6 +50,8 @@ class LanguageHost:
             return
         self.pages.release(row)
         row.is_admitted = False
+        if not any(other.is_admitted for other in row.work.rows):
+            self.adapters.release(row.work)
         if row in self.suspects:
             self.suspects.remove(row)
         if self.forward is not None and self.forward.lead is not None:
@@ -76,9 +81,15 @@ class LanguageHost:
 
 
 def open_host(
-    name: str, model: LanguageModel, ledger: Ledger, arena: Arena, cost: CostModel
+    name: str,
+    model: LanguageModel,
+    ledger: Ledger,
+    arena: Arena,
+    cost: CostModel,
+    *,
+    adapters: AdapterSet | None = None,
 ) -> LanguageHost:
-    """A host without rows. The pool must have the layouts of the model's groups."""
+    """A host without rows. The pool must have the layouts of the model's groups and of its adapters."""
     shapes = [
         GroupShape(
             layout=group.layout,
@@ -91,6 +102,7 @@ def open_host(
         name=name,
         model=model,
         pages=LanguagePages(name, shapes, ledger),
+        adapters=Adapters(adapters, ledger, arena),
         sampler=Sampler(model.spec),
         cost=cost,
     )
