@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ganglion.errors import CheckpointError
 from ganglion.kernels.cpu import PackedLinear, why_not_packed
@@ -20,6 +22,7 @@ from ganglion.models.decoder_spec import read_decoder_spec
 from ganglion.models.dense_kv import DenseKv
 from ganglion.models.language import KvSpace, LanguageModel
 from ganglion.models.packed_mlp import PackedGatedMlp
+from ganglion.models.weights import promised
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -419,3 +422,23 @@ def test_packed_rows_have_the_same_bits_in_any_batch(config: dict[str, Any]) -> 
         alone = outputs(1)
         for num_rows in (2, 3, 8, 16):
             assert torch.equal(outputs(num_rows), alone), f"{num_rows} rows"
+
+
+def test_promising_weights_loads_no_compiler(folder: Path) -> None:
+    """In a process of its own: it would take a second, and 100 MiB."""
+    code = f"""
+import sys, torch
+from pathlib import Path
+from ganglion.models.decoder_load import load_language
+load_language(Path({str(folder)!r}), dtype=torch.bfloat16, name="m")
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_promised_module_has_shapes_only() -> None:
+    with promised():
+        linear, table = nn.Linear(3, 2), nn.Embedding(5, 4)
+    assert linear.weight.is_meta
+    assert table.weight.is_meta
+    assert table.weight.shape == (5, 4)

@@ -25,10 +25,10 @@ from ganglion.models.decoder_targets import Target, decoder_targets
 from ganglion.models.language import LanguageModel
 from ganglion.models.moe import Moe
 from ganglion.models.moe_load import Part, moe_parts
-from ganglion.models.weights import read_header
+from ganglion.models.weights import give_back_freed, promised, read_header
 from ganglion.plan.headers import STORED_BYTES, read_config, read_object, weight_files
 
-_MAX_MAPPED_BYTES = 128 << 20
+_MAX_MAPPED_BYTES = 32 << 20
 _NUM_RANDOM = 4_194_301  # prime: no two rows of a weight are equal
 _HASHED_BYTES = 1 << 16  # of the head, the middle and the tail of a shard
 
@@ -84,7 +84,7 @@ def _outline(folder: Path, *, dtype: torch.dtype, name: str, max_page_bytes: int
     names = frozenset(name for header in headers.values() for name in header)
     targets, experts = decoder_targets(spec), _expert_parts(spec, names)
     places = match_tensors(folder, spec, _expected(targets, experts), headers)
-    with torch.device("meta"):
+    with promised():
         model = Decoder(
             spec,
             name=name,
@@ -109,7 +109,7 @@ def random_language(
     Raises CheckpointError for a config that cannot be served.
     """
     spec = read_decoder_spec(config)
-    with torch.device("meta"):
+    with promised():
         model = Decoder(
             spec, name=name, version=f"random-{seed}", dtype=dtype, max_page_bytes=max_page_bytes
         )
@@ -233,6 +233,7 @@ class TensorReader:
     def forget(self) -> None:
         """Map files anew: what was read counts as this process's memory until nobody maps it any more."""
         self._mapped, self._mapped_bytes = {}, 0
+        give_back_freed()
 
     def report(self) -> None:
         """Tell who listens how many bytes are loaded."""
@@ -266,6 +267,7 @@ def fill_decoder(
     left = [name for name, value in model.named_parameters() if value.is_meta]
     assert not left, f"nothing fills {left}"
     model.pack(model)
+    give_back_freed()
 
 
 def _set(model: Decoder, name: str, target: Target, reader: TensorReader) -> None:

@@ -3,12 +3,16 @@
 Called by checkpoint loaders and by `train`. Knows no architecture: it matches names and shapes, and says which differ.
 """
 
-from collections.abc import Mapping
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ganglion.errors import CheckpointError
 from ganglion.plan import headers
@@ -17,6 +21,35 @@ from ganglion.plan import headers
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (dtype, shape) of every tensor. Raises CheckpointError as `plan.headers.read_header`."""
     return {tensor.name: (tensor.dtype, tensor.shape) for tensor in headers.read_header(path)}
+
+
+@contextlib.contextmanager
+def promised() -> Iterator[None]:
+    """Modules made inside have the shapes of their weights, and no weights: a loader fills them."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    """No first weights are drawn: where there is nothing to draw, torch loads its compiler to say so (1 s, 100 MiB)."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
+def give_back_freed() -> None:
+    """Memory that was freed goes back to the system: the C library keeps weights that were joined and packed since."""
+    with contextlib.suppress(AttributeError, OSError):  # other C libraries have no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
