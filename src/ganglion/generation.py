@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ganglion.types import RequestId, UInt8Array
+from ganglion.types import Float32Array, RequestId, UInt8Array
 
 
 class FinishReason(StrEnum):
@@ -15,6 +15,13 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+
+
+class Pooling(StrEnum):
+    """How the hidden states of a prompt become one vector."""
+
+    MEAN = "mean"
+    LAST = "last"  # that of the last token, which saw all others
 
 
 class GrammarKind(StrEnum):
@@ -104,6 +111,8 @@ class GenerateRequest:
     own tokens after the first. `speculate`: who drafts tokens ahead, which changes none: "off", "ngram" (what stood
     before), or a model of the same tokenizer; None: whoever the server has set. `adapter`: of the model; "" is none.
 
+    `pooling`: nothing is drawn, `sampling` means nothing; the answer is one Embedded, then Usage.
+
     `pictures`: those for which the prompt has room, in order, as they came; `images`: as the model reads them, made of
     them by who checks the request.
     """
@@ -117,8 +126,14 @@ class GenerateRequest:
     num_prompt_logprobs: int | None = None
     speculate: str | None = None
     adapter: str = ""
+    pooling: Pooling | None = None
     pictures: tuple[Picture, ...] = ()
     images: tuple[PromptImage, ...] = ()
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Is something asked of every token of the prompt, so that none may be taken from pages unseen?"""
+        return self.num_prompt_logprobs is not None or self.pooling is Pooling.MEAN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +163,14 @@ class PromptScored:
 
     request_id: RequestId
     logprobs: tuple[TokenLogprob | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Embedded:
+    """The prompt as one vector [width]: hidden states behind the last norm, pooled; of any length."""
+
+    request_id: RequestId
+    vector: Float32Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from ganglion.errors import GanglionError
 from ganglion.generation import (
     ChatMessage,
+    Embedded,
     GenerateRequest,
     LanguageSpec,
     PromptScored,
@@ -22,7 +23,7 @@ from ganglion.types import ActionChunk, Command, Observation, RequestId, Service
 
 Outcome = ActionChunk | GanglionError
 OnDone = Callable[[Outcome], None]
-Generated = PromptScored | TextDelta | Usage | GanglionError
+Generated = PromptScored | Embedded | TextDelta | Usage | GanglionError
 OnGenerated = Callable[[Generated], None]
 
 

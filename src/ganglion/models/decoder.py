@@ -290,9 +290,14 @@ class Decoder(nn.Module):
             hidden = self.layers[layer](hidden, by, kv, deltas)
         return hidden
 
+    def normed(self, hidden: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
+        """As EmbeddingModel.normed."""
+        states: Tensor = self.norm(hidden)
+        return states
+
     def logits(self, hidden: Float[Tensor, "token width"]) -> Float[Tensor, "token vocab"]:
         """As LanguageModel.logits."""
-        scores: Tensor = self.head(self.norm(hidden)).float()
+        scores: Tensor = self.head(self.normed(hidden)).float()
         cap = self.decoder_spec.logit_softcap
         return scores if cap is None else torch.tanh(scores / cap) * cap
 

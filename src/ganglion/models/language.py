@@ -136,6 +136,15 @@ class LanguageModel(Protocol):
         ...
 
 
+@runtime_checkable
+class EmbeddingModel(LanguageModel, Protocol):
+    """One whose hidden states may be asked for."""
+
+    def normed(self, hidden: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
+        """Hidden states that went through all layers, behind the last norm."""
+        ...
+
+
 def can_rewind(model: LanguageModel) -> bool:
     """Can tokens be taken back, as drafts that were wrong are? A state that went over them has forgotten what was before."""
     return not any(isinstance(group, StateGroup) for group in model.groups)
