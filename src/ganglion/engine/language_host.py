@@ -7,16 +7,20 @@ from dataclasses import dataclass, field
 
 from ganglion.engine.adapters import Adapters
 from ganglion.engine.language_forward import Forward, Stage
+from ganglion.engine.language_images import LanguageImages
 from ganglion.engine.language_pages import GroupShape, LanguagePages
 from ganglion.engine.language_work import LanguageRow
 from ganglion.engine.sampler import Sampler
 from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
+from ganglion.memory.orders import Moves
 from ganglion.models.language import LanguageModel
 from ganglion.models.lora_load import AdapterSet
+from ganglion.models.vision import encoder_of
 from ganglion.plan.cost import CostModel
 
-LAYERS, HEAD = "layers", "head"  # stages of the cost model: rows are tokens, units are layers
+# Stages of the cost model. Rows are tokens, in `ENCODE` tiles of a picture; units are layers, there the tower's.
+LAYERS, HEAD, ENCODE = "layers", "head", "encode"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,6 +37,7 @@ class LanguageHost:
     suspects: list[LanguageRow] = field(default_factory=list)  # of a batch that failed: run alone
     forward: Forward | None = None
     stage: Stage | None = None
+    images: LanguageImages | None = None  # None: the model sees nothing
 
     @property
     def admitted(self) -> list[LanguageRow]:
@@ -44,11 +49,29 @@ class LanguageHost:
         """Rows between two groups of layers."""
         return [] if self.stage is None else [part.row for part in self.stage.strand.parts]
 
+    def is_ready(self, row: LanguageRow) -> bool:
+        """Can its tokens be computed? Its adapter is read and its pictures are encoded first."""
+        return self.adapters.is_ready(row) and (self.images is None or self.images.is_ready(row))
+
+    def settle(self, row: LanguageRow) -> None:
+        """Its tokens [0, num_computed) are in the pages."""
+        self.pages.settle(row)
+        if self.images is not None:
+            self.images.settle(row)
+
+    def relocate(self, row: LanguageRow, moves: Moves) -> None:
+        """The ledger moved pages: the row follows."""
+        self.pages.relocate(row, moves)
+        if self.images is not None:
+            self.images.relocate(row, moves)
+
     def release(self, row: LanguageRow) -> None:
         """Its pages are back, and it is in no batch any more."""
         if not row.is_admitted:
             return
         self.pages.release(row)
+        if self.images is not None:
+            self.images.release(row)
         row.is_admitted = False
         if not any(other.is_admitted for other in row.work.rows):
             self.adapters.release(row.work)
@@ -98,6 +121,7 @@ def open_host(
         )
         for group in model.groups
     ]
+    encoder = encoder_of(model)
     return LanguageHost(
         name=name,
         model=model,
@@ -105,4 +129,5 @@ def open_host(
         adapters=Adapters(adapters, ledger, arena),
         sampler=Sampler(model.spec),
         cost=cost,
+        images=None if encoder is None else LanguageImages(name, encoder, ledger, arena),
     )

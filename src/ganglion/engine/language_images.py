@@ -131,17 +131,19 @@ class LanguageImages:
             return self.encoding
         return None
 
-    def advance(self, encoding: Encoding, num_layers: int) -> None:
-        """Through so many layers of the tower at most; the end of a tile is the end of the call."""
+    def advance(self, encoding: Encoding, num_layers: int) -> int:
+        """Through so many layers of the tower at most, to the end of a tile at most; returns how many."""
         image, encoder = encoding.table.image, self._encoder
         if encoding.hidden is None:
             tile = torch.from_numpy(image.pixels[encoding.tile : encoding.tile + 1].copy())
             encoding.hidden = encoder.embed(tile.to(self._arena.device))
-        stop = min(encoding.next_layer + num_layers, encoder.num_layers)
-        encoding.hidden = encoder.run(encoding.hidden, range(encoding.next_layer, stop))
-        encoding.next_layer = stop
-        if stop < encoder.num_layers:
-            return
+        layers = range(
+            encoding.next_layer, min(encoding.next_layer + num_layers, encoder.num_layers)
+        )
+        encoding.hidden = encoder.run(encoding.hidden, layers)
+        encoding.next_layer = layers.stop
+        if layers.stop < encoder.num_layers:
+            return len(layers)
         first = sum(len(place) for place in image.places[: encoding.tile])
         rows = range(first, first + len(image.places[encoding.tile]))
         features = encoder.features(encoding.hidden)
@@ -153,6 +155,7 @@ class LanguageImages:
             encoding.table.is_ready = True
             self.num_encoded += 1
             self.encoding = None
+        return len(layers)
 
     def fill(self, strand: Strand) -> None:
         """Features instead of what stands for pictures in the hidden states of parts that start out."""
