@@ -15,7 +15,7 @@ from torch import Tensor
 from ganglion.clock import Clock
 from ganglion.engine.language_batch import LanguageBatches
 from ganglion.engine.language_forward import Forward
-from ganglion.engine.language_host import HEAD, LAYERS, LanguageHost, open_host
+from ganglion.engine.language_host import ENCODE, HEAD, LAYERS, LanguageHost, open_host
 from ganglion.engine.language_policy import Policy, chunked
 from ganglion.engine.language_record import (
     MAX_RECORDS,
@@ -210,7 +210,7 @@ class LanguageEngine:
         """The ledger moved pages: rows follow."""
         for host in self._hosts.values():
             for row in host.admitted:
-                host.pages.relocate(row, moves)
+                host.relocate(row, moves)
             host.adapters.relocate(moves)
             if host.forward is not None:
                 host.forward.forget_pages()
@@ -262,7 +262,9 @@ class LanguageEngine:
             return False
         with torch.inference_mode():
             try:
-                if host.forward is None:
+                if host.forward is None and self._encode(host, budget_us):
+                    pass  # that was this step
+                elif host.forward is None:
                     host.forward = self._batches.begin(host, budget_us)
                     for row in host.admitted:
                         if row.work.started_s is None:
@@ -275,6 +277,32 @@ class LanguageEngine:
                 logger.exception("a batch of %s failed", host.name)
                 self._fail(host, InternalError("the model failed on this request"))
         self._end_starved()
+        return True
+
+    def _encode(self, host: LanguageHost, budget_us: int) -> bool:
+        """Advance a picture for about `budget_us`, at least through one layer of the tower; False: none is to be encoded."""
+        encoding = self._batches.begin_encoding(host)
+        if encoding is None or host.images is None:
+            return False
+        images, work, start_s = host.images, encoding.row.work, self._clock.now_s()
+        if work.started_s is None:
+            work.started_s = start_s
+        now_s = start_s
+        try:
+            while images.encoding is encoding:
+                layer_us = host.estimate_us(ENCODE, 1)
+                left_us = budget_us - (now_s - start_s) * 1e6
+                if now_s > start_s and left_us < layer_us:
+                    break
+                num_layers = max(1, int(left_us / layer_us)) if layer_us else 1
+                num_run = images.advance(encoding, num_layers)
+                began_s, now_s = now_s, self._clock.now_s()
+                host.observe(ENCODE, 1, num_run, (now_s - began_s) * 1e6)
+        except GanglionError as error:
+            self._end(work, error)
+        except Exception:
+            logger.exception("a picture of %s failed", work.request_id)
+            self._end(work, InternalError("the model failed on this picture"))
         return True
 
     def _next_host(self) -> LanguageHost | None:
@@ -352,7 +380,7 @@ class LanguageEngine:
                 at += part.num_tokens
                 self._score_prompt(forward, part, of_part)
                 part.row.num_computed = part.end
-                host.pages.settle(part.row)
+                host.settle(part.row)
                 if part.row in host.suspects:
                     host.suspects.remove(part.row)
                 if part.is_newest:

@@ -4,12 +4,14 @@ Called by `engine.language` between two forwards. Asks the policy, reserves page
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from ganglion.engine.kv_space import blank
 from ganglion.engine.language_forward import Forward, Stage, Strand
 from ganglion.engine.language_host import LAYERS, LanguageHost
-from ganglion.engine.language_pages import Growth
+from ganglion.engine.language_images import Encoding
+from ganglion.engine.language_pages import Growth, image_content
 from ganglion.engine.language_policy import Policy, stage_layers
 from ganglion.engine.language_work import LanguageRow, LanguageWork, Part
 from ganglion.errors import GanglionError, OutOfPagesError
@@ -48,7 +50,7 @@ class LanguageBatches:
             parts = self._parts(host, host.suspects[:1], [host.suspects[0].num_left], growth)
             return self._forward(host, parts, growth)
         staged = set(host.staged)
-        rows = [row for row in host.admitted if row not in staged and host.adapters.is_ready(row)]
+        rows = [row for row in host.admitted if row not in staged and host.is_ready(row)]
         num_left = [row.num_left for row in rows]
         is_prefill = any(left > 1 for left in num_left)
         max_tokens = self._max_tokens(host, budget_us) if is_prefill else len(rows)
@@ -60,10 +62,29 @@ class LanguageBatches:
         if staged_parts:
             self._prepare(growth)
             host.stage = Stage(
-                strand=Strand(host.model, staged_parts, self._arena.device),
+                strand=self._strand(host, staged_parts),
                 groups=stage_layers(host.model.spec.num_layers, order.num_stages),
             )
         return self._forward(host, forward_parts, growth, stage=host.stage)
+
+    def begin_encoding(self, host: LanguageHost) -> Encoding | None:
+        """The picture to be encoded in this step, of the request that came first; None: a batch is next.
+
+        Where both wait they take turns, so that an answer under way does not stand still for another one's pictures.
+        """
+        images = host.images
+        if images is None:
+            return None
+        self._admit(host)
+        waiting = [row for row in host.admitted if not images.is_ready(row)]
+        is_turn = not images.is_turn_taken or len(waiting) == len(host.admitted)
+        images.is_turn_taken = bool(waiting) and is_turn
+        if not images.is_turn_taken:
+            return None
+        for row in waiting:
+            if images.encoding is None and row.is_admitted:
+                self._with_room(row.work, partial(images.begin, row))
+        return images.encoding
 
     def preempt_latest(self) -> bool:
         """The request that came last gives its pages back; False: nobody holds any."""
@@ -85,7 +106,7 @@ class LanguageBatches:
         return Forward(
             host.model,
             self._arena,
-            Strand(host.model, parts, self._arena.device) if parts else None,
+            self._strand(host, parts) if parts else None,
             stage,
             adapters=host.adapters,
             is_deterministic=self._is_deterministic,
@@ -96,6 +117,12 @@ class LanguageBatches:
         self._arena.copy(growth.copies)
         for layout_name, pages in growth.fresh.items():
             blank(self._arena, layout_name, pages)
+
+    def _strand(self, host: LanguageHost, parts: Sequence[Part]) -> Strand:
+        strand = Strand(host.model, parts, self._arena.device)
+        if host.images is not None:
+            host.images.fill(strand)
+        return strand
 
     def _max_tokens(self, host: LanguageHost, budget_us: int) -> int:
         """Tokens of a batch that goes through all layers within the budget, by what was measured; at least 1."""
@@ -145,6 +172,8 @@ class LanguageBatches:
             num_hit = 0 if is_scored else host.pages.match(row)
             if work.num_cached is None:
                 work.num_cached = num_hit
+            if host.images is not None:
+                host.images.open(row)
 
     def _take_adapter(self, host: LanguageHost, row: LanguageRow) -> bool:
         """False: there is no room for the row's adapter now."""
@@ -181,19 +210,24 @@ class LanguageBatches:
         return [part for part in parts if part.row.is_admitted]
 
     def _grow(self, host: LanguageHost, row: LanguageRow, count: int, growth: Growth) -> bool:
+        end = row.num_computed + count
+        return self._with_room(row.work, lambda: host.pages.grow(row, end, growth))
+
+    def _with_room(self, work: LanguageWork, reserve: Callable[[], object]) -> bool:
+        """Reserve pages for a request; False: it came last itself, and gave its own back."""
         while True:
             try:
-                host.pages.grow(row, row.num_computed + count, growth)
+                reserve()
                 return True
             except OutOfPagesError as error:
                 holders = self._holders()
-                last = max(holders, key=lambda work: work.arrival)
-                if holders == {row.work}:  # nobody else can give any
-                    self.starved.append((row.work, error))
-                    self._release(row.work)
+                last = max(holders, key=lambda other: other.arrival)
+                if holders == {work}:  # nobody else can give any
+                    self.starved.append((work, error))
+                    self._release(work)
                     return False
                 self._preempt(last)
-                if last is row.work:
+                if last is work:
                     return False
 
     def _holders(self) -> set[LanguageWork]:
@@ -218,4 +252,6 @@ def _makes_prefix_of(row: LanguageRow, other: LanguageRow, unit: int) -> bool:
     if (asked.tenant, asked.adapter) != (asks.tenant, asks.adapter) or other.num_left <= 1:
         return False
     end = (other.num_computed // unit + 1) * unit
-    return len(row.tokens) > end <= len(other.tokens) and row.tokens[:end] == other.tokens[:end]
+    if not len(row.tokens) > end <= len(other.tokens) or row.tokens[:end] != other.tokens[:end]:
+        return False
+    return image_content(asked.images, 0, end) == image_content(asks.images, 0, end)
