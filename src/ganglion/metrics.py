@@ -137,7 +137,7 @@ COUNTERS: dict[str, MetricSpec] = {
     "model_unloads": MetricSpec(
         name="ganglion_model_unloads_total",
         doc="Language models put out of memory.",
-        labels=_MODEL | {"reason": "idle, room or asked"},
+        labels=_MODEL | {"reason": "idle: nobody asked for it; room: another needed its bytes"},
     ),
 }
 

@@ -18,8 +18,9 @@ from ganglion.models.decoder_load import load_language
 from ganglion.models.text_tokenizer import ByteTokenizer
 from ganglion.pipeline.language import LanguageFront
 from ganglion.pipeline.local import LocalService
-from ganglion.pipeline.served import ServedLanguage
-from ganglion.service import Generated, Outcome
+from ganglion.pipeline.residency import Stay
+from ganglion.pipeline.served import InMemory, ServedLanguage
+from ganglion.service import Generated, ModelState, Outcome
 from ganglion.types import ActionChunk, LanguageStats, PromptPhase
 from tests.cpu.toy import Toy, observation
 from tests.language_folder import write_llama
@@ -234,6 +235,31 @@ def test_robots_and_planners_are_told_apart(served: ServedLanguage, metrics: Met
     }
     assert sum(turns.values()) > 0
     assert got["ganglion_language_slack_used_ratio_count"] == turns["slack"]
+
+
+def test_models_that_come_and_go_are_counted(served: ServedLanguage, metrics: Metrics) -> None:
+    fleeting = ServedLanguage(
+        InMemory(model=served.source.load()),
+        served.tokenizer,
+        stay=Stay(is_pinned=False, ttl_s=0.05),
+    )
+    with LocalService(
+        None,
+        engine=EngineConfig(language_threads=1),
+        memory=MEMORY,
+        languages=(fleeting,),
+        metrics=metrics,
+    ) as service:
+        assert isinstance(run(service, ask("abc")), Usage)
+        pause = threading.Event()
+        for _ in range(400):
+            if front_of(service).residence(NAME).state is ModelState.UNLOADED:
+                break
+            pause.wait(0.01)
+        got = numbers(metrics, service)
+    assert got[f'ganglion_model_loads_total{{model="{NAME}",outcome="loaded"}}'] == 1
+    assert got[f'ganglion_model_load_seconds_count{{model="{NAME}"}}'] == 1
+    assert got[f'ganglion_model_unloads_total{{model="{NAME}",reason="idle"}}'] == 1
 
 
 class Holder:

@@ -31,6 +31,14 @@ trace_logger = logging.getLogger("ganglion.trace")
 
 MAX_LISTED = 64  # requests of a picture
 NUM_RECENT = 64  # first tokens whose median is shown
+NOT_IN = Progress(  # of a request whose model is being loaded
+    phase=PromptPhase.WAITING,
+    num_computed_tokens=0,
+    num_cached_tokens=0,
+    num_preemptions=0,
+    num_rows=1,
+    num_pages=0,
+)
 UNKNOWN = "unknown"  # model of a request that named none that is served
 
 
@@ -162,9 +170,7 @@ class LanguageWatch:
     ) -> LanguageStats:
         """Everything that an operator sees of language models, as of now."""
         now_s = self._clock.now_s()
-        known = [
-            (request_id, each) for request_id, each in progress.items() if request_id in self._open
-        ]
+        known = [(request_id, progress.get(request_id, NOT_IN)) for request_id in self._open]
         waiting = [each for _, each in known if each.phase is PromptPhase.WAITING]
         num_rows = sum(each.num_rows for _, each in known)
         num_waiting = sum(each.num_rows for each in waiting)

@@ -102,8 +102,8 @@ class LocalService:
                 next_step="rename a folder: it names its model",
             )
         self._config, self._clock = engine, clock or RealClock()
-        metrics = metrics or Metrics()
-        self._watch = LanguageWatch(metrics, self._clock, num_lanes=max(1, len(engine.lanes)))
+        self._metrics = metrics or Metrics()
+        self._watch = LanguageWatch(self._metrics, self._clock, num_lanes=max(1, len(engine.lanes)))
         self._lanes = Lanes(engine.lanes if engine.lanes and model is not None else ((),))
         layouts = () if model is None else policy_layouts(model, memory)
         for served in languages:
@@ -141,7 +141,7 @@ class LocalService:
                 pipeline=pipeline or PipelineConfig(),
                 ladder=ladder,
                 clock=self._clock,
-                metrics=metrics,
+                metrics=self._metrics,
                 make_room=self._make_room,
             )
         self._loop: EngineLoop[Message | LanguageMessage] = EngineLoop(
@@ -399,6 +399,7 @@ class LocalService:
             ),
             self._clock,
             self._loop.post,
+            metrics=self._metrics,
             wait_s=chat.load_wait_s,
             later=self._later,
         )

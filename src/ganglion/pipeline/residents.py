@@ -20,6 +20,7 @@ from ganglion.engine.lane import pin_this_thread
 from ganglion.errors import GanglionError, ModelUnavailableError
 from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
+from ganglion.metrics import Metrics
 from ganglion.models.language import LanguageModel
 from ganglion.pipeline.residency import Residency
 from ganglion.pipeline.served import LanguageSource
@@ -153,18 +154,20 @@ class Residents:
         clock: Clock,
         post: Callable[[ResidentsMessage], None],
         *,
+        metrics: Metrics,
         wait_s: float,
         later: Callable[[float, ResidentsMessage], None],
     ) -> None:
         """`wait_s`: for room. `later`: posts a message in so many seconds. Pinned models are in `core` already."""
         self._core, self._sources, self._residency = core, dict(sources), residency
         self._pages, self._clock, self._wait_s, self._later = pages, clock, wait_s, later
-        self._post = post
+        self._post, self._metrics = post, metrics
         self._loader: Loader | None = None  # made for the first model that is loaded late
         self._models: dict[str, LanguageModel] = {}  # those that may go again
         self._wanted: dict[str, float] = {}  # name -> since when
         self._making_room: tuple[str, float] | None = None  # for whom, since when
         self._reading = ""
+        self._began_s = 0.0  # of the load under way
         self._is_stuck = False
         self._look_at_s: float | None = None
         self.on_ready: Callable[[str], None] = lambda name: None
@@ -213,7 +216,10 @@ class Residents:
         match message:
             case Loaded(name=name, model=model):
                 self._reading = ""
-                self._residency.finish(name, self._clock.now_s())
+                now_s = self._clock.now_s()
+                self._residency.finish(name, now_s)
+                self._metrics.model_loads.inc(model=name, outcome="loaded")
+                self._metrics.model_load_seconds.observe(now_s - self._began_s, model=name)
                 self._models[name] = model
                 self._core.open_model(name, model)
                 logger.info("%s is loaded", name)
@@ -231,7 +237,7 @@ class Residents:
                 self._look_at_s = None
                 self._is_stuck = False
                 for name in self._residency.expired(self._clock.now_s(), busy=self.busy()):
-                    self._unload(name, "nobody asked for it")
+                    self._unload(name, "nobody asked for it", reason="idle")
                 self._allow()
         self._advance()
 
@@ -273,15 +279,16 @@ class Residents:
                 self._begin(name, room.evicted)
             elif now_s - since_s >= self._wait_s:
                 del self._wanted[name]
-                self.on_failed(name, self._no_room(name))
+                self._fail(name, self._no_room(name))
         self._arm(now_s)
 
     def _begin(self, name: str, evicted: Collection[str]) -> None:
         for other in evicted:
-            self._unload(other, f"{name} needs its bytes")
+            self._unload(other, f"{name} needs its bytes", reason="room")
         self._residency.begin(name)
         self._allow()
-        self._making_room, self._is_stuck = (name, self._clock.now_s()), False
+        self._began_s = self._clock.now_s()
+        self._making_room, self._is_stuck = (name, self._began_s), False
         logger.info(
             "loading %s: %s of weights, %s left for pages",
             name,
@@ -289,7 +296,8 @@ class Residents:
             format_bytes(self._residency.page_bytes),
         )
 
-    def _unload(self, name: str, why: str) -> None:
+    def _unload(self, name: str, why: str, *, reason: str) -> None:
+        self._metrics.model_unloads.inc(model=name, reason=reason)
         self._core.close_model(name)
         self._residency.drop(name)
         assert self._loader is not None, "made with the first model that may go"
@@ -299,6 +307,10 @@ class Residents:
     def _give_up(self, name: str, error: GanglionError) -> None:
         self._residency.drop(name)
         self._allow()
+        self._fail(name, error)
+
+    def _fail(self, name: str, error: GanglionError) -> None:
+        self._metrics.model_loads.inc(model=name, outcome=error.code)
         self.on_failed(name, error)
 
     def _allow(self) -> None:
