@@ -10,7 +10,7 @@ GL := $(VENV)/.gl
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-all check format docs bench peers gpu clean
+.PHONY: help install demo test test-all check format docs bench peers clients gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test-all  the slow tests too"
 	@echo "make bench     every measured number of docs/results, about two hours"
 	@echo "make peers     other engines for bench decode and prefill, each in an environment of its own (8 GB)"
+	@echo "make clients   lm-eval, langchain and litellm for their tests, in an environment of their own (1.1 GB)"
 	@echo "make format    ruff format and its safe fixes"
 	@echo "make docs      write the generated pages again"
 	@echo "make gpu       tests and measurements that need a GPU"
@@ -86,6 +87,15 @@ peers: .peers/vllm/.installed .peers/openvino/.installed
 	$(PYTHON) -m venv .peers/openvino
 	.peers/openvino/bin/pip install -q torch==2.13.0 openvino-genai==2026.4.1 openvino openvino-tokenizers optimum-intel nncf
 	.peers/openvino/bin/pip uninstall -q -y torchvision
+	@touch $@
+
+# Clients of OpenAI's interface as their users install them: other versions of openai, no torch. Where it is missing, their
+# tests skip and say so.
+clients: .peers/clients/.installed
+
+.peers/clients/.installed: Makefile
+	$(PYTHON) -m venv .peers/clients
+	.peers/clients/bin/pip install -q 'lm-eval[api]==0.4.13' langchain-openai==1.7.3 litellm==1.106.2 mcp==2.3.0
 	@touch $@
 
 gpu: $(STAMP)
