@@ -33,6 +33,7 @@ class EngineLoop(Generic[MessageT]):
         self._on_defect, self._close = on_defect, close
         self._mailbox: queue.SimpleQueue[MessageT | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        self._is_here = False  # the caller's thread takes the turns
 
     def post(self, message: MessageT) -> None:
         """Queue a message; thread-safe, never blocks."""
@@ -42,11 +43,23 @@ class EngineLoop(Generic[MessageT]):
         """Start the thread; `open_` runs on it first."""
         self._thread.start()
 
+    def start_here(self) -> None:
+        """Instead of `start`: the calling thread runs `open_`, and each `turn`. For simulated time."""
+        self._is_here = True
+        self._guard(self._open)
+
+    def turn(self) -> bool:
+        """After `start_here`: handle what was posted, then step once; is there more to do?"""
+        return self._drain(has_work=True) and bool(self._guard(self._step))
+
     def stop(self) -> None:
         """Handle what was posted before, run `close` on the thread, and join it."""
         self._mailbox.put(None)
         if self._thread.is_alive():
             self._thread.join()
+        elif self._is_here:
+            self._drain(has_work=True)
+            self._guard(self._close)
 
     def _run(self) -> None:
         self._guard(self._open)

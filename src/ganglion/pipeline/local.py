@@ -180,6 +180,18 @@ class LocalService:
         """
         self._loop.start()
         self._opened.wait()
+        self._check_ready()
+
+    def start_here(self) -> None:
+        """As `start`, but the calling thread takes each `turn`: for a simulated clock."""
+        self._loop.start_here()
+        self._check_ready()
+
+    def turn(self) -> bool:
+        """After `start_here`: what was posted, then one step; is there more to do?"""
+        return self._loop.turn()
+
+    def _check_ready(self) -> None:
         if not self._is_ready:
             self.close()
             raise InternalError(
