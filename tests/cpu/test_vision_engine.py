@@ -18,8 +18,7 @@ from ganglion.layout import PoolLayout
 from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
 from ganglion.models.vision import page_layouts
-from ganglion.models.vision_load import SeeingFolder, load_vision_language
-from ganglion.models.vision_text import VisionTokenizer
+from ganglion.models.vision_load import load_vision_language, read_vision_tokenizer
 from ganglion.plan.cost import MeasuredCost
 from ganglion.types import RequestId
 from tests.vision_folder import processor, write_seeing
@@ -44,13 +43,10 @@ class Stage:
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder = folder
-        self.seen: SeeingFolder = load_vision_language(
+        self.model = load_vision_language(
             folder, dtype=torch.float32, name="m", max_page_bytes=1 << 15
         )
-        spec = self.seen.model.spec
-        self.tokenizer = VisionTokenizer.load(
-            folder, self.seen.sight, vocab_size=spec.vocab_size, max_tokens=spec.max_tokens
-        )
+        self.tokenizer = read_vision_tokenizer(folder, vocab_size=self.model.spec.vocab_size)
         self.processor = processor(folder)
         family = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[kind]
         kind_class = getattr(transformers, f"{family}ForConditionalGeneration")
@@ -58,10 +54,10 @@ class Stage:
         self.open()
 
     def open(self, *, num_large_pages: int = 64, **how) -> None:
-        layout = PoolLayout(large_page_bytes=1 << 15, layouts=page_layouts(self.seen.model))
+        layout = PoolLayout(large_page_bytes=1 << 15, layouts=page_layouts(self.model))
         self.ledger, arena = Ledger(layout, num_large_pages), Arena(layout, num_large_pages)
         self.engine = LanguageEngine(
-            {"m": self.seen.model},
+            {"m": self.model},
             self.ledger,
             arena,
             RealClock(),
@@ -84,7 +80,7 @@ class Stage:
         return GenerateRequest(
             model="m",
             prompt=prompt,
-            images=self.seen.sight.images(prompt, pictures),
+            images=self.tokenizer.images(prompt, pictures),
             sampling=Sampling(temperature=0.0, max_tokens=num_tokens, is_eos_ignored=True),
             tenant=tenant,
         )
@@ -159,7 +155,7 @@ TALKS = (
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_prompt_features_and_logits_are_those_of_transformers(stages, kind):
     stage = stages(kind)
-    tower, decoder = stage.seen.model.encoder, stage.truth
+    tower, decoder = stage.model.encoder, stage.truth
     for parts in TALKS:
         request, inputs = stage.request(parts), stage.inputs(parts)
         assert list(request.prompt) == inputs["input_ids"][0].tolist()
@@ -220,7 +216,7 @@ def test_the_same_words_beside_another_picture_are_another_prompt(stages):
     two = stage.submit(b)
     tokens, outcomes = stage.finish()
     assert tokens[two] == stage.expected(second)
-    page = stage.seen.model.groups[0].layout.slots
+    page = stage.model.groups[0].layout.slots
     assert outcomes[two].num_cached_tokens <= a.images[0].first // page * page
 
 
@@ -247,7 +243,7 @@ def test_a_step_encodes_no_more_than_its_budget(stages):
         assert stage.engine.step(1)
         num_steps += 1
     num_tiles = len(stage.request((ONE, "what?")).images[0].places)
-    assert num_steps == num_tiles * stage.seen.model.encoder.num_layers
+    assert num_steps == num_tiles * stage.model.encoder.num_layers
     stage.finish()
 
 

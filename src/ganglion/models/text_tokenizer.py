@@ -8,13 +8,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from ganglion.errors import CheckpointError, FieldError
-from ganglion.generation import ChatMessage
+from ganglion.errors import CheckpointError, FieldError, UnsupportedFieldError
+from ganglion.generation import ChatMessage, Picture, PromptImage
 from ganglion.models.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_chat_template
+from ganglion.plan.headers import CONFIG_FILE as MODEL_FILE
+from ganglion.plan.headers import read_config
+
+if TYPE_CHECKING:
+    from ganglion.models.vision_text import VisionTokenizer
 
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 MAX_FILE_BYTES = 256 * 1024 * 1024
@@ -90,6 +95,10 @@ class HfTextTokenizer:
         """Ids of a conversation up to where the assistant speaks next. The template writes its own special tokens."""
         return self.encode_rendered(self.render(messages, tools=tools))
 
+    def images(self, prompt: Sequence[int], pictures: Sequence[Picture]) -> tuple[PromptImage, ...]:
+        """Nothing: this model is blind. Raises UnsupportedFieldError for a picture."""
+        return _refuse(pictures)
+
     def render(
         self, messages: Sequence[ChatMessage], *, tools: Sequence[Mapping[str, Any]] = ()
     ) -> str:
@@ -129,6 +138,10 @@ class ByteTokenizer:
         """What a reader sees of one token."""
         return self.token_bytes(token_id)
 
+    def images(self, prompt: Sequence[int], pictures: Sequence[Picture]) -> tuple[PromptImage, ...]:
+        """Nothing: this model is blind. Raises UnsupportedFieldError for a picture."""
+        return _refuse(pictures)
+
     def chat(
         self, messages: Sequence[ChatMessage], *, tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[int, ...]:
@@ -136,11 +149,17 @@ class ByteTokenizer:
         return self.encode(self._template.render(messages, tools=tools))
 
 
-def read_tokenizer(folder: Path, *, vocab_size: int) -> HfTextTokenizer | ByteTokenizer:
+def read_tokenizer(
+    folder: Path, *, vocab_size: int
+) -> "HfTextTokenizer | ByteTokenizer | VisionTokenizer":
     """The tokenizer of a model's folder; bytes where the folder has none and the model is small enough to mean bytes.
 
     Raises CheckpointError when its files cannot be used or do not fit a model of `vocab_size` tokens.
     """
+    if (folder / MODEL_FILE).is_file() and _sees(read_config(folder)):
+        from ganglion.models.vision_load import read_vision_tokenizer  # needs pillow
+
+        return read_vision_tokenizer(folder, vocab_size=vocab_size)
     path = folder / TOKENIZER_FILE
     if path.is_file():
         tokenizer = HfTextTokenizer.load(folder)
@@ -161,6 +180,20 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> HfTextTokenizer | ByteTo
             next_step="write one: transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
         )
     return ByteTokenizer(read_chat_template(folder, _read_config(folder)))
+
+
+def _sees(config: Mapping[str, Any]) -> bool:
+    from ganglion.models.vision_spec import is_vision  # torch behind it: not for text alone
+
+    return is_vision(config)
+
+
+def _refuse(pictures: Sequence[Picture]) -> tuple[PromptImage, ...]:
+    for picture in pictures:
+        raise UnsupportedFieldError(
+            picture.field, why="this model takes text only", next_step="ask one that takes pictures"
+        )
+    return ()
 
 
 def _checked(text: str) -> str:

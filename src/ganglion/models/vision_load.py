@@ -14,6 +14,7 @@ from torch import nn
 from ganglion.errors import CheckpointError
 from ganglion.models.decoder import Decoder
 from ganglion.models.decoder_load import (
+    Header,
     Progress,
     TensorReader,
     fill_decoder,
@@ -25,9 +26,9 @@ from ganglion.models.decoder_targets import Source, Target, decoder_targets
 from ganglion.models.vision import VisionLanguage
 from ganglion.models.vision_pixels import RULES_FILE, PixelRules, read_pixel_rules
 from ganglion.models.vision_spec import VisionSpec, read_text_spec, read_vision_spec
-from ganglion.models.vision_text import Sight
+from ganglion.models.vision_text import Sight, VisionTokenizer
 from ganglion.models.vision_tower import VisionTower, num_tile_tokens
-from ganglion.models.weights import read_header
+from ganglion.models.weights import promised, read_header
 from ganglion.plan.headers import CONFIG_FILE, read_config, weight_files
 
 _TEXT, _VISION = "model.text_model.", "model.vision_model."
@@ -40,14 +41,6 @@ _LAYER = {  # ours -> theirs; query, key and value are one of ours
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SeeingFolder:
-    """What a folder holds: the model, and how it reads pictures."""
-
-    model: VisionLanguage
-    sight: Sight
-
-
 def load_vision_language(
     folder: Path,
     *,
@@ -55,11 +48,61 @@ def load_vision_language(
     name: str,
     max_page_bytes: int = 1 << 20,
     on_progress: Progress | None = None,
-) -> SeeingFolder:
+) -> VisionLanguage:
     """The model in `folder`, computing in `dtype`, its pages called after `name`.
 
     Raises CheckpointError for a folder that cannot be served: the file or key, what was expected, what is there.
     """
+    outline = _outline(folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes)
+    reader = TensorReader(outline.places, outline.headers, on_progress)
+    _fill_tower(outline.tower, outline.tower_targets, reader)
+    fill_decoder(outline.decoder, outline.text_targets, {}, reader)
+    for part in (outline.tower, outline.decoder):
+        part.eval().requires_grad_(requires_grad=False)
+    return outline.model
+
+
+def outline_vision_language(
+    folder: Path, *, dtype: torch.dtype, name: str, max_page_bytes: int = 1 << 20
+) -> VisionLanguage:
+    """The same model, checked as far as headers go, its weights only promised."""
+    return _outline(folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes).model
+
+
+def read_sight(folder: Path) -> Sight:
+    """How the model in `folder` reads pictures. Raises CheckpointError for rules that do not fit its tower."""
+    spec = read_vision_spec(read_config(folder), source=str(folder / CONFIG_FILE))
+    rules = read_pixel_rules(folder)
+    _check_tiles(folder, spec, rules)
+    return Sight(
+        rules,
+        tile_tokens=num_tile_tokens(spec, rules.tile_px),
+        image_token_id=spec.image_token_id,
+    )
+
+
+def read_vision_tokenizer(folder: Path, *, vocab_size: int) -> VisionTokenizer:
+    """The tokenizer of a model of `vocab_size` tokens that sees. Raises CheckpointError for files that do not fit it."""
+    text = read_text_spec(read_config(folder), source=str(folder / CONFIG_FILE))
+    return VisionTokenizer.load(
+        folder, read_sight(folder), vocab_size=vocab_size, max_tokens=text.max_tokens
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outline:
+    """Decoder and tower whose weights are promised, and where they are."""
+
+    decoder: Decoder
+    tower: VisionTower
+    model: VisionLanguage
+    text_targets: Mapping[str, Target]
+    tower_targets: Mapping[str, Target]
+    places: Mapping[str, Path]
+    headers: Mapping[Path, Header]
+
+
+def _outline(folder: Path, *, dtype: torch.dtype, name: str, max_page_bytes: int) -> _Outline:
     config, source = read_config(folder), str(folder / CONFIG_FILE)
     text = read_text_spec(config, source=source, eos_ids=generation_eos(folder))
     spec, rules = read_vision_spec(config, source=source), read_pixel_rules(folder)
@@ -75,11 +118,13 @@ def load_vision_language(
         for tensor in target.sources
     }
     places = match_tensors(folder, text, expected, headers)
-    version = folder_version(folder, shards)
-    reader = TensorReader(places, headers, on_progress)
-    with torch.device("meta"):
+    with promised():
         decoder = Decoder(
-            text, name=name, version=version, dtype=dtype, max_page_bytes=max_page_bytes
+            text,
+            name=name,
+            version=folder_version(folder, shards),
+            dtype=dtype,
+            max_page_bytes=max_page_bytes,
         )
         tower = VisionTower(
             spec,
@@ -89,19 +134,16 @@ def load_vision_language(
             dtype=dtype,
             max_page_bytes=max_page_bytes,
         )
-    _fill_tower(tower, tower_targets, reader)
-    fill_decoder(decoder, text_targets, {}, reader)
-    model = VisionLanguage(
-        decoder.eval().requires_grad_(requires_grad=False),
-        tower.eval().requires_grad_(requires_grad=False),
-        spec=replace(decoder.spec, family=spec.family, has_vision=True),
+    served = replace(decoder.spec, family=spec.family, has_vision=True)
+    return _Outline(
+        decoder=decoder,
+        tower=tower,
+        model=VisionLanguage(decoder, tower, spec=served),
+        text_targets=text_targets,
+        tower_targets=tower_targets,
+        places=places,
+        headers=headers,
     )
-    sight = Sight(
-        rules,
-        tile_tokens=num_tile_tokens(spec, rules.tile_px),
-        image_token_id=spec.image_token_id,
-    )
-    return SeeingFolder(model=model, sight=sight)
 
 
 def _check_tiles(folder: Path, spec: VisionSpec, rules: PixelRules) -> None:

@@ -149,6 +149,10 @@ class VisionTokenizer:
         """What a reader sees of one token."""
         return self._text.shown_bytes(token_id)
 
+    def images(self, prompt: Sequence[int], pictures: Sequence[Picture]) -> tuple[PromptImage, ...]:
+        """As ShowingTokenizer.images."""
+        return self.sight.images(prompt, pictures)
+
     def chat(
         self, messages: Sequence[ChatMessage], *, tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[int, ...]:
