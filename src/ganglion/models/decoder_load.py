@@ -25,6 +25,7 @@ from ganglion.models.decoder_targets import Target, decoder_targets
 from ganglion.models.language import LanguageModel
 from ganglion.models.moe import Moe
 from ganglion.models.moe_load import Part, moe_parts
+from ganglion.models.vision_spec import is_vision
 from ganglion.models.weights import give_back_freed, promised, read_header
 from ganglion.plan.headers import STORED_BYTES, read_config, read_object, weight_files
 
@@ -50,6 +51,12 @@ def load_language(
 
     Raises CheckpointError for a folder that cannot be served: the file or key, what was expected, what is there.
     """
+    if is_vision(read_config(folder)):
+        from ganglion.models.vision_load import load_vision_language
+
+        return load_vision_language(
+            folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes, on_progress=on_progress
+        )
     outline = _outline(folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes)
     reader = TensorReader(outline.places, outline.headers, on_progress)
     fill_decoder(outline.model, outline.targets, outline.experts, reader)
@@ -60,6 +67,12 @@ def outline_language(
     folder: Path, *, dtype: torch.dtype, name: str, max_page_bytes: int = 1 << 20
 ) -> LanguageModel:
     """The same model, checked as far as headers go, its weights only promised: for its `spec` and `groups`."""
+    if is_vision(read_config(folder)):
+        from ganglion.models.vision_load import outline_vision_language
+
+        return outline_vision_language(
+            folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes
+        )
     return _outline(folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes).model
 
 
