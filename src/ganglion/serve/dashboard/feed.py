@@ -22,7 +22,7 @@ from ganglion.clock import Clock
 from ganglion.serve.dashboard.orders import MAX_ORDER_BYTES, obey
 from ganglion.serve.dashboard.picture import Painter, Picture
 from ganglion.serve.hub import Hub
-from ganglion.service import LanguageService, Service
+from ganglion.service import LanguageService, Residence, Service
 from ganglion.spec import PolicySpec
 from ganglion.types import SessionId
 
@@ -100,7 +100,10 @@ class Feed:
     async def _paint(self) -> None:
         while True:
             self._picture = self._painter.paint(
-                self._service.stats(), now_s=self._clock.now_s(), start_s=self._start_s
+                self._service.stats(),
+                now_s=self._clock.now_s(),
+                start_s=self._start_s,
+                residences=self._residences(),
             )
             fresh, self._fresh = self._fresh, asyncio.Event()
             fresh.set()
@@ -149,6 +152,12 @@ class Feed:
                 await socket.close(1009, f"an order has at most {MAX_ORDER_BYTES} characters")
                 return
             await socket.send_text(obey(text, self._service, self._hub, self._policy))
+
+    def _residences(self) -> dict[str, Residence]:
+        if self._language is None:
+            return {}
+        names = [spec.name for spec in self._language.language_models()]
+        return {name: self._language.residence(name) for name in names}
 
     def _hello(self) -> str:
         models = () if self._language is None else self._language.language_models()

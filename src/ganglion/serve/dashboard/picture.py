@@ -15,6 +15,7 @@ from typing import Any
 from ganglion.serve.dashboard.planners import PlannerPainter, dump, fine, rounded
 from ganglion.serve.hub import Hub, Robot
 from ganglion.serve.side import Impair
+from ganglion.service import Residence
 from ganglion.types import (
     LanguageStats,
     PaceStats,
@@ -82,8 +83,18 @@ class Painter:
         self._pool_version = 0
         self._pool_s = -math.inf
 
-    def paint(self, stats: ServiceStats, *, now_s: float, start_s: float) -> Picture:
-        """Everything as of `stats`; `now_s` and `start_s` are the edge's clock, for ages and uptime."""
+    def paint(
+        self,
+        stats: ServiceStats,
+        *,
+        now_s: float,
+        start_s: float,
+        residences: Mapping[str, Residence] | None = None,
+    ) -> Picture:
+        """Everything as of `stats`; `now_s` and `start_s` are the edge's clock, for ages and uptime.
+
+        `residences`: where each language model is.
+        """
         pairs = self._pairs(stats)
         self._number_cards(session_id for session_id, _, _ in pairs)
         self._note_latencies(stats)
@@ -99,7 +110,7 @@ class Painter:
             "rung": stats.rung,
             "language": None
             if stats.language is None
-            else self._planners.paint(stats.language, now_s=stats.now_s),
+            else self._planners.paint(stats.language, residences or {}, now_s=stats.now_s),
             "arms": [
                 {
                     "card": self._cards[session_id],

@@ -6,8 +6,10 @@ Knows neither sockets nor time: it is handed statistics that carry theirs. Also 
 import json
 import math
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
+from ganglion.service import Residence
 from ganglion.types import LanguageRequestStats, LanguageStats, LanguageStepRecord
 
 RATE_WINDOW_S = 2.0
@@ -25,8 +27,10 @@ class PlannerPainter:
         """(number, JSON object) of the last steps, oldest first."""
         return tuple(self._turns.items())
 
-    def paint(self, language: LanguageStats, *, now_s: float) -> dict[str, Any]:
-        """Everything but the steps, which are in `turns` from here on."""
+    def paint(
+        self, language: LanguageStats, residences: Mapping[str, Residence], *, now_s: float
+    ) -> dict[str, Any]:
+        """Everything but the steps, which are in `turns` from here on. `residences`: by model."""
         self._turns = {
             record.step: self._turns.get(record.step) or dump(_turn(record))
             for record in language.steps
@@ -44,6 +48,15 @@ class PlannerPainter:
             "num_preemptions": language.num_preemptions,
             "tokens_per_s": rounded(self._tokens_per_s(language.num_new_tokens, now_s)),
             "first_token_p50_ms": rounded(language.first_token_p50_ms),
+            "models": [
+                {
+                    "name": name,
+                    "state": residence.state,
+                    "stay": residence.stay,
+                    "weight_bytes": residence.weight_bytes,
+                }
+                for name, residence in residences.items()
+            ],
             "requests": [_request(request) for request in language.requests],
         }
 

@@ -2,10 +2,13 @@
 
 const NAMES = [
   "ground", "panel", "raised", "line", "line-strong", "text", "soft", "faint", "accent", "good", "warn",
-  "bad", "encode", "prefill", "denoise", "other", "dim-0", "dim-1", "dim-2", "dim-3",
+  "bad", "encode", "prefill", "denoise", "plan-prefill", "plan-decode", "plan-state", "plan-cached", "other", "dim-0", "dim-1", "dim-2", "dim-3",
 ];
 // What a span computes ends up in pages of one kind: they share a colour.
-const KIND_OF_PAGE = { feature: "encode", kv: "prefill", state: "denoise" };
+const KIND_OF_PAGE = {
+  robots: { feature: "encode", kv: "prefill", state: "denoise" },
+  planners: { feature: "plan-prefill", kv: "plan-decode", state: "plan-state" },
+};
 const NUM_VERSION_COLOURS = 4; // of the lines' colours: neighbours differ
 const OWNER_HUES = [205, 28, 332, 95, 268, 50, 175, 0, 240, 130, 300, 15];
 
@@ -17,7 +20,7 @@ export function loadPalette() {
 }
 
 export const spanColour = (kind) => palette[kind] ?? palette.other;
-export const pageColour = (kind) => palette[KIND_OF_PAGE[kind]] ?? palette.other;
+export const pageColour = ({ kind, who }) => palette[KIND_OF_PAGE[who]?.[kind]] ?? palette.other;
 
 export const versionColour = (version) => palette[`dim-${version % NUM_VERSION_COLOURS}`];
 

@@ -16,6 +16,7 @@ const RING_PX = 9; // smaller pages get a stripe
 const STRIPE_PX = 4; // smaller ones nothing
 const CACHED = "cached";
 const SHARED = "shared";
+const REQUEST = "request "; // as the ledger names what one request of a language model owns
 
 export class Pool {
   #pool = null;
@@ -80,7 +81,7 @@ export class Pool {
     cached.style.width = `${(100 * cachedBytes) / totalBytes}%`;
     setLegend(this.legend, [
       ...pool.layouts.map((layout) => ({
-        colour: pageColour(layout.kind),
+        colour: pageColour(layout),
         name: layout.name,
         value: `${count(layout.num_used)}${layout.num_cached ? ` + ${count(layout.num_cached)} cached` : ""}`,
       })),
@@ -142,7 +143,7 @@ export class Pool {
     const isCached = page.owner === CACHED;
     const [w, h] = [wide - gap, high - gap];
     pen.globalAlpha = (isCached ? 0.38 : 1) * (isDim ? 0.22 : 1);
-    pen.fillStyle = pageColour(layout.kind);
+    pen.fillStyle = pageColour(layout);
     pen.fillRect(x + gap / 2, y + gap / 2, w, h);
     if (isCached || Math.min(w, h) < STRIPE_PX) return;
     const owner = this.#cards.get(page.owner);
@@ -174,7 +175,8 @@ export class Pool {
       ["references", count(page.numRefs)],
       ["size", bytes(this.#pool.large_page_bytes / layout.pages_per_large)],
     ]);
-    this.onHover(this.#cards.has(page.owner) ? page.owner : null);
+    const isKnown = this.#cards.has(page.owner) || page.owner.startsWith(REQUEST);
+    this.onHover(isKnown ? page.owner : null);
   }
 }
 

@@ -8,7 +8,7 @@ import { Surface } from "./surface.js";
 import { hideTip, showTip } from "./tip.js";
 
 const WINDOWS_S = [0.25, 0.5, 1, 2];
-const MAX_STEPS = 600;
+const MAX_STEPS = 2000;
 const NUM_BARS = 120;
 const FACTS_S = 2;
 const BLANK_SHARE = 0.05; // of the window, ahead of the beam
@@ -17,6 +17,19 @@ const LABEL_PX = 46;
 const MIN_UPRIGHT_PX = 10; // narrower pieces get no label at all
 const MAX_NAMES = 16;
 const KINDS = ["encode", "prefill", "denoise"];
+const PLANNER_KINDS = [
+  ["plan-prefill", "planners: prompts"],
+  ["plan-decode", "planners: answers"],
+];
+const ALL_LANES = -1; // lanes wait for a step of a language model, whatever cores it runs on
+
+// A step of a language model, as the steps of the robots' engine are drawn.
+function asStep(turn) {
+  const { turn: step, model, start_s, run_us, budget_us, num_waiting, num_rows, num_prefill, num_decode } = turn;
+  const kind = num_prefill > num_decode ? "plan-prefill" : "plan-decode";
+  const piece = { model, stage: model, kind, lane: ALL_LANES, num_rows, num_units: num_prefill + num_decode, start_s, run_us, rows: [], turn };
+  return { step, start_s, run_us, budget_us, num_waiting, pieces: [piece], turn };
+}
 
 export class Timeline {
   #steps = [];
@@ -43,8 +56,9 @@ export class Timeline {
     this.#choose(this.#windowS, choice);
   }
 
-  show({ now_s: nowS, steps, arms }) {
+  show({ now_s: nowS, steps: robotSteps, turns, arms }) {
     if (nowS < this.#nowS) this.#steps = []; // another server
+    const steps = [...robotSteps, ...turns.map(asStep)].sort((one, other) => one.start_s - other.start_s);
     const isMoving = steps.length > 0 || this.#steps.length > 0;
     this.#nowS = nowS;
     this.#steps.push(...steps);
@@ -68,18 +82,22 @@ export class Timeline {
 
   #showFacts(last) {
     const recent = this.#steps.filter((step) => step.start_s > this.#nowS - FACTS_S);
-    const busyUs = recent.reduce((sum, step) => sum + step.run_us, 0);
+    const busy = (of) => `${fixed((100 * of.reduce((sum, step) => sum + step.run_us, 0)) / (FACTS_S * 1e6), 0)}%`;
+    const [robots, planners] = [recent.filter((step) => !step.turn), recent.filter((step) => step.turn)];
+    const hasRobots = this.#steps.some((step) => !step.turn);
+    const hasPlanners = this.#steps.some((step) => step.turn);
     const sorted = recent.map((step) => step.run_us).sort((a, b) => a - b);
     setFacts(this.facts, [
       ["steps/s", fixed(recent.length / FACTS_S, 1)],
-      ["busy", `${fixed((100 * busyUs) / (FACTS_S * 1e6), 0)}%`],
+      ...(hasRobots && hasPlanners ? [["robots", busy(robots)], ["planners", busy(planners)]] : [["busy", busy(recent)]]),
       ["p50", sorted.length ? micros(sorted[sorted.length >> 1]) : "\u2013"],
       ["waiting", count(last?.num_waiting ?? 0)],
     ]);
     setLegend(this.legend, [
-      ...KINDS.map((kind) => ({ colour: spanColour(kind), name: kind })),
+      ...(hasRobots || !hasPlanners ? KINDS.map((kind) => ({ colour: spanColour(kind), name: kind })) : []),
+      ...(hasPlanners ? PLANNER_KINDS.map(([kind, name]) => ({ colour: spanColour(kind), name })) : []),
       { colour: palette.warn, shape: "is-dash", name: last ? `budget ${micros(last.budget_us)}` : "budget" },
-      { name: "label: rows \u00d7 units" },
+      { name: hasPlanners ? (hasRobots ? "label: rows \u00d7 units, or tokens" : "label: tokens") : "label: rows \u00d7 units" },
     ]);
   }
 
@@ -106,9 +124,12 @@ export class Timeline {
         if (piece.start_s < oldestS || piece.start_s > this.#nowS) continue;
         const x = toX(piece.start_s);
         const wide = Math.max(1.5, (piece.run_us / 1e6 / this.#windowS) * spanPx);
-        const box = { x, y: laneTop(piece.lane) + 2, wide: Math.min(wide, width - x), high: laneHigh - 4, step, piece };
-        this.#drawPiece(pen, box);
-        this.#boxes.push(box);
+        const lanes = piece.lane === ALL_LANES ? [...Array(this.#numLanes).keys()] : [piece.lane];
+        for (const lane of lanes) {
+          const box = { x, y: laneTop(lane) + 2, wide: Math.min(wide, width - x), high: laneHigh - 4, step, piece };
+          this.#drawPiece(pen, box);
+          this.#boxes.push(box);
+        }
       }
     }
     const beamX = toX(this.#nowS);
@@ -138,7 +159,7 @@ export class Timeline {
     pen.beginPath();
     pen.roundRect(x, y, Math.max(1, wide - 0.8), high, Math.min(3, wide / 3));
     pen.fill();
-    const label = `${piece.num_rows}\u00d7${piece.num_units}`;
+    const label = piece.turn ? String(piece.num_units) : `${piece.num_rows}\u00d7${piece.num_units}`;
     this.surface.font(10.5, 600);
     const labelPx = pen.measureText(label).width + 5;
     const isUpright = labelPx > wide;
@@ -155,7 +176,7 @@ export class Timeline {
 
   #drawBars(pen, width, height) {
     const steps = this.#steps.slice(-NUM_BARS);
-    const budgetUs = steps.at(-1)?.budget_us ?? 0;
+    const budgetUs = (steps.findLast((step) => !step.turn) ?? steps.at(-1))?.budget_us ?? 0;
     const topUs = Math.max(budgetUs * 1.25, ...steps.map((step) => step.run_us)) || 1;
     const toHigh = (us) => (us / topUs) * (height - 3);
     const wide = (width - LABEL_PX) / NUM_BARS;
@@ -209,6 +230,19 @@ export class Timeline {
   }
 
   #tip(canvas, event, { step, piece }) {
+    if (step.turn) {
+      const { turn } = step;
+      showTip(canvas, event, `${turn.model} \u00b7 turn ${count(turn.turn)}`, [
+        ["sequences", count(turn.num_rows)],
+        ["tokens of prompts", count(turn.num_prefill)],
+        ["tokens of answers", count(turn.num_decode)],
+        ["layers", turn.num_layers ? `${turn.first_layer + 1} to ${turn.first_layer + turn.num_layers}` : "none"],
+        ["run", micros(step.run_us)],
+        ["budget", micros(step.budget_us)],
+        ["waiting sequences", count(step.num_waiting)],
+      ]);
+      return;
+    }
     if (!piece) {
       const rows = [["run", micros(step.run_us)], ["budget", micros(step.budget_us)], ["waiting requests", count(step.num_waiting)]];
       for (const each of step.pieces) rows.push([`${each.stage} ${each.num_rows}\u00d7${each.num_units}`, micros(each.run_us)]);
