@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ganglion.clock import Clock
+from ganglion.engine.drafter import DraftCounts, Drafter, Speculation
 from ganglion.engine.language_batch import LanguageBatches
 from ganglion.engine.language_forward import Forward
 from ganglion.engine.language_host import ENCODE, HEAD, LAYERS, LanguageHost, open_host
@@ -26,6 +27,7 @@ from ganglion.engine.language_record import (
     trace,
 )
 from ganglion.engine.language_work import LanguageRow, LanguageWork, Part
+from ganglion.engine.pooling import Pool
 from ganglion.engine.sampler import (
     Matcher,
     Sampled,
@@ -33,13 +35,21 @@ from ganglion.engine.sampler import (
     check_sampling,
     score_tokens,
 )
+from ganglion.engine.verify import verify
 from ganglion.errors import (
     CancelledError,
     FieldError,
     GanglionError,
     InternalError,
 )
-from ganglion.generation import FinishReason, GenerateRequest, PromptScored, TokenDelta, Usage
+from ganglion.generation import (
+    Embedded,
+    FinishReason,
+    GenerateRequest,
+    PromptScored,
+    TokenDelta,
+    Usage,
+)
 from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
 from ganglion.memory.orders import Moves
@@ -63,7 +73,7 @@ class Ended:
     trace: WorkTrace | None = field(default=None, compare=False)  # None: it was refused
 
 
-Event = TokenDelta | PromptScored | Ended
+Event = TokenDelta | PromptScored | Embedded | Ended
 
 
 class LanguageEngine:
@@ -86,27 +96,34 @@ class LanguageEngine:
         policy: Policy = chunked,
         max_batch_tokens: int = 2048,
         is_deterministic: bool = False,
+        speculation: Speculation | None = None,
     ) -> None:
         """`max_rows`: choices that are computed at a time, for each model.
 
         `adapters`: by model. `max_batch_tokens`: bounds the workspace. `is_deterministic`: every token is computed alone, so that its scores
-        are the same, bit by bit, whatever it is batched with and however its prompt is cut; slow.
+        are the same, bit by bit, whatever it is batched with and however its prompt is cut; slow. `speculation`: who
+        drafts where a request does not say; nobody by default.
         """
         self._ledger, self._arena, self._clock, self._cost = ledger, arena, clock, cost
         self._adapters = adapters or {}
         self._hosts: dict[str, LanguageHost] = {}
         for name, model in models.items():
             self.open_model(name, model)
+        self._drafter = Drafter(
+            self._hosts, arena, clock, speculation or Speculation(), self._state_of
+        )
         self._batches = LanguageBatches(
             self._hosts,
             arena,
             policy,
+            self._drafter,
             max_rows=max_rows,
             max_batch_tokens=max_batch_tokens,
             is_deterministic=is_deterministic,
         )
         self._works: dict[RequestId, LanguageWork] = {}
         self._draws: dict[RequestId, list[SamplerState]] = {}
+        self._pools: dict[RequestId, Pool] = {}  # of requests for a vector
         self._events: list[Event] = []
         self._num_arrivals = 0
         self._last_host = ""
@@ -134,6 +151,11 @@ class LanguageEngine:
         """Rows that hold pages."""
         return sum(len(host.admitted) for host in self._hosts.values())
 
+    @property
+    def draft_counts(self) -> DraftCounts:
+        """What was drafted, and what of it held."""
+        return self._drafter.counts
+
     def progress(self) -> dict[RequestId, Progress]:
         """How far each request is, in the order in which they came."""
         return {request_id: progress(work) for request_id, work in self._works.items()}
@@ -152,6 +174,7 @@ class LanguageEngine:
         """Nobody uses this model any more: no reference to it is kept. Its cached pages stay to be found again."""
         host = self._hosts.pop(name)
         assert not host.rows, f"{name} has {len(host.rows)} rows"
+        self._drafter.close_model(name)
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -161,6 +184,9 @@ class LanguageEngine:
         """Queue one request; what is wrong with it is its end. `matchers`: one per choice where there is a grammar."""
         try:
             self._check(request, matchers)
+            if request.pooling is not None:
+                model = self._hosts[request.model].model
+                self._pools[request_id] = Pool(model, request.pooling)
         except GanglionError as error:
             self._events.append(Ended(request_id=request_id, outcome=error))
             return
@@ -214,12 +240,17 @@ class LanguageEngine:
             host.adapters.relocate(moves)
             if host.forward is not None:
                 host.forward.forget_pages()
+        self._drafter.relocate(moves)
 
     def close(self) -> None:
         """Drop all requests; the ledger may go on without this engine."""
         for request_id in list(self._works):
             self.cancel(request_id)
+        self._drafter.close()
         self._ledger.detach(self)
+
+    def _state_of(self, row: LanguageRow) -> SamplerState:
+        return self._draws[row.work.request_id][row.choice]
 
     def _check(self, request: GenerateRequest, matchers: Sequence[Matcher]) -> None:
         host = self._hosts.get(request.model)
@@ -245,6 +276,7 @@ class LanguageEngine:
         check_sampling(request.sampling, spec)
         needs_matchers = request.sampling.grammar is not None
         assert len(matchers) == (request.num_choices if needs_matchers else 0), len(matchers)
+        self._drafter.check(request)
         host.adapters.check(request.adapter)
         num_larges = host.adapters.num_larges(request.adapter)
         host.pages.check_capacity(num_tokens, num_other_larges=num_larges)
@@ -264,7 +296,7 @@ class LanguageEngine:
             try:
                 if host.forward is None and self._encode(host, budget_us):
                     pass  # that was this step
-                elif host.forward is None:
+                elif host.forward is None and self._has_drafted(host, budget_us):
                     host.forward = self._batches.begin(host, budget_us)
                     for row in host.admitted:
                         if row.work.started_s is None:
@@ -276,8 +308,21 @@ class LanguageEngine:
             except Exception:
                 logger.exception("a batch of %s failed", host.name)
                 self._fail(host, InternalError("the model failed on this request"))
+            finally:
+                self._drafter.pause()
+        self._drafter.end_step(host, (self._clock.now_s() - start_s) * 1e6)
         self._end_starved()
         return True
+
+    def _has_drafted(self, host: LanguageHost, budget_us: int) -> bool:
+        """Have the next batch's drafts made; False: the budget is spent and some are missing."""
+        self._drafter.open(host)
+        try:
+            return self._drafter.advance(host, budget_us)
+        except Exception:
+            logger.exception("drafting for %s failed", host.name)
+            self._drafter.fail(host)
+            return True
 
     def _encode(self, host: LanguageHost, budget_us: int) -> bool:
         """Advance a picture for about `budget_us`, at least through one layer of the tower; False: none is to be encoded."""
@@ -339,7 +384,8 @@ class LanguageEngine:
 
     def _run(self, host: LanguageHost, forward: Forward, budget_us: int, start_s: float) -> None:
         has_run = False
-        now_s = start_s
+        now_s = self._clock.now_s()
+        self._drafter.run_ahead(host)
         while not forward.is_done:
             num_tokens = forward.num_tokens
             layer_us = host.estimate_us(LAYERS, num_tokens)
@@ -363,6 +409,7 @@ class LanguageEngine:
     def _commit(self, host: LanguageHost, forward: Forward) -> None:
         """Cursors move, full pages can be found, and who is up to date draws a token."""
         host.forward = None
+        self._drafter.pause()
         strands = [] if forward.lead is None else [forward.lead]
         if forward.stage is not None:
             forward.stage.next_group += 1
@@ -371,8 +418,9 @@ class LanguageEngine:
                 host.stage = None
             elif not forward.stage.strand.parts:
                 host.stage = None
-        drawing: list[LanguageRow] = []
+        drawing: list[Part] = []
         hidden: list[Tensor] = []
+        num_taken: dict[LanguageRow, int] = {}
         for strand in strands:
             at = 0
             for part in strand.parts:
@@ -383,14 +431,30 @@ class LanguageEngine:
                 host.settle(part.row)
                 if part.row in host.suspects:
                     host.suspects.remove(part.row)
-                if part.is_newest:
-                    drawing.append(part.row)
-                    hidden.append(of_part[-1])
+                pool = self._pools.get(part.row.work.request_id)
+                if pool is not None:
+                    pool.add(part.start, of_part)
+                elif part.is_newest:
+                    drawing.append(part)
+                    hidden.append(of_part[-1 - len(part.draft) :])
         if drawing:
             began_s = self._clock.now_s()
-            self._draw(host, drawing, forward.logits(torch.stack(hidden)))
+            lines = torch.cat(hidden)
+            num_taken = self._draw(host, drawing, forward.logits(lines))
             run_us = (self._clock.now_s() - began_s) * 1e6
-            host.observe(HEAD, len(drawing), 1, run_us)
+            host.observe(HEAD, len(lines), 1, run_us)
+        parts = [part for strand in strands for part in strand.parts]
+        self._drafter.commit(host, parts, num_taken)
+        for part in parts:
+            if part.is_newest:
+                self._embed(part.row.work)
+
+    def _embed(self, work: LanguageWork) -> None:
+        """The prompt is computed: where its vector was asked for, that is all."""
+        pool = self._pools.get(work.request_id)
+        if pool is not None:
+            self._events.append(Embedded(request_id=work.request_id, vector=pool.vector()))
+            self._end(work, work.usage)
 
     def _score_prompt(self, forward: Forward, part: Part, hidden: Tensor) -> None:
         """Keep what the model gives the prompt's tokens, where that was asked for."""
@@ -409,24 +473,34 @@ class LanguageEngine:
             if logits is not None:
                 work.prompt_scores += score_tokens(logits, targets, [num_top] * len(targets))
 
-    def _draw(self, host: LanguageHost, rows: Sequence[LanguageRow], logits: Tensor) -> None:
-        """The next token of every choice; where the prompt was computed just now, the choices part."""
+    def _draw(
+        self, host: LanguageHost, parts: Sequence[Part], logits: Tensor
+    ) -> dict[LanguageRow, int]:
+        """The next tokens of every choice; where the prompt was computed just now, the choices part.
+
+        `logits` [line, vocab]: of each part, one line and one more for each token of its draft. Returns how many tokens
+        were drawn for each row, with the one that ends a text.
+        """
         choices: list[LanguageRow] = []
-        lines: list[int] = []
-        for line, row in enumerate(rows):
+        firsts: list[int] = []
+        drafts: list[tuple[int, ...]] = []
+        line = 0
+        for part in parts:
+            row = part.row
             forked = [row] if row.work.is_forked else self._fork(host, row)
             choices += forked
-            lines += [line] * len(forked)
-        if len(lines) > len(rows):
-            logits = logits[torch.tensor(lines, device=logits.device)]
-        draws = [self._draws[row.work.request_id][row.choice] for row in choices]
-        for row, drawn, state in zip(
-            choices, host.sampler.sample(logits, draws), draws, strict=True
-        ):
+            firsts += [line] * len(forked)
+            drafts += [part.draft] * len(forked)
+            line += 1 + len(part.draft)
+        draws = [self._state_of(row) for row in choices]
+        taken = verify(host.sampler, logits, firsts, draws, drafts)
+        num_taken: dict[LanguageRow, int] = {}
+        for row, drawn, state, draft in zip(choices, taken, draws, drafts, strict=True):
             if row.finish is None and row.work.request_id in self._works:
-                self._take(host, row, drawn, is_complete=state.is_done)
-        for work in {row.work for row in rows}:
+                num_taken[row] = self._take(host, row, drawn, draft, is_complete=state.is_done)
+        for work in {part.row.work for part in parts}:
             self._end_if_done(work)
+        return num_taken
 
     def _fork(self, host: LanguageHost, row: LanguageRow) -> list[LanguageRow]:
         """The prompt is computed: one row for each choice goes on from it."""
@@ -457,27 +531,41 @@ class LanguageEngine:
         self,
         host: LanguageHost,
         row: LanguageRow,
-        drawn: Sampled | GanglionError,
+        drawn: Sequence[Sampled | GanglionError],
+        draft: Sequence[int],
         *,
         is_complete: bool,
-    ) -> None:
-        if isinstance(drawn, GanglionError):
-            self._end(row.work, drawn)
-            return
+    ) -> int:
+        """Give a choice its tokens, up to its end; returns how many of them were used, an end of text included."""
         spec, sampling = host.model.spec, row.work.request.sampling
-        token_id = drawn.token_id
-        is_eos = token_id in spec.eos_ids and not sampling.is_eos_ignored
-        if is_eos or token_id in sampling.stop_token_ids:
-            self._emit(row, (), finish=FinishReason.STOP, stop_token_id=token_id)
-            return
-        row.tokens.append(token_id)
-        row.work.num_emitted += 1
-        finish = None
-        if is_complete:
+        kept: list[Sampled] = []
+        finish, stop_token_id, num_used = None, None, 0
+        for one in drawn:
+            if isinstance(one, GanglionError):
+                if kept:
+                    self._emit(row, kept, finish=None)
+                self._end(row.work, one)
+                return num_used
+            num_used += 1
+            token_id = one.token_id
+            is_eos = token_id in spec.eos_ids and not sampling.is_eos_ignored
+            if is_eos or token_id in sampling.stop_token_ids:
+                finish, stop_token_id = FinishReason.STOP, token_id
+                break
+            row.tokens.append(token_id)
+            row.work.num_emitted += 1
+            kept.append(one)
+            if row.num_drawn >= sampling.max_tokens or len(row.tokens) >= spec.max_tokens:
+                finish = FinishReason.LENGTH
+                break
+        if is_complete and stop_token_id is None and num_used == len(drawn):
             finish = FinishReason.STOP
-        elif row.num_drawn >= sampling.max_tokens or len(row.tokens) >= spec.max_tokens:
-            finish = FinishReason.LENGTH
-        self._emit(row, (drawn,), finish=finish)
+        if draft:  # as if its tokens had been computed one by one
+            row.num_computed += num_used - 1
+            host.pages.settle(row)
+            host.pages.trim(row)
+        self._emit(row, kept, finish=finish, stop_token_id=stop_token_id)
+        return num_used
 
     def _emit(
         self,
@@ -503,21 +591,18 @@ class LanguageEngine:
     def _finish_row(self, row: LanguageRow, finish: FinishReason) -> None:
         row.finish = finish
         host = self._hosts[row.work.request.model]
+        self._drafter.forget(row)
         host.release(row)
         host.rows.remove(row)
 
     def _end_if_done(self, work: LanguageWork) -> None:
         if work.is_done and work.request_id in self._works:
-            usage = Usage(
-                num_prompt_tokens=len(work.request.prompt),
-                num_cached_tokens=work.num_cached or 0,
-                num_completion_tokens=work.num_emitted,
-            )
-            self._end(work, usage)
+            self._end(work, work.usage)
 
     def _end(self, work: LanguageWork, outcome: Usage | GanglionError) -> None:
         """Exactly once for each request."""
         del self._works[work.request_id], self._draws[work.request_id]
+        self._pools.pop(work.request_id, None)
         for row in work.rows:
             if row.finish is None:
                 self._finish_row(row, FinishReason.STOP)
@@ -530,6 +615,7 @@ class LanguageEngine:
 
     def _fail(self, host: LanguageHost, error: GanglionError) -> None:
         """A batch raised: every row of it is run alone, so that one bad request does not spoil its batch mates."""
+        self._drafter.abandon(host)
         rows = host.abandon()
         if len(rows) > 1:
             host.suspects = rows

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from ganglion.engine.kv_space import blank
+from ganglion.engine.drafter import Drafter
+from ganglion.engine.language_draft import prepare
 from ganglion.engine.language_forward import Forward, Stage, Strand
 from ganglion.engine.language_host import LAYERS, LanguageHost
 from ganglion.engine.language_images import Encoding
@@ -30,12 +31,14 @@ class LanguageBatches:
         hosts: Mapping[str, LanguageHost],
         arena: Arena,
         policy: Policy,
+        drafter: Drafter,
         *,
         max_rows: int,
         max_batch_tokens: int,
         is_deterministic: bool,
     ) -> None:
-        self._hosts, self._arena, self._policy = hosts, arena, policy
+        self._hosts, self._arena = hosts, arena
+        self._policy, self._drafter = policy, drafter
         self._max_rows, self._max_batch_tokens = max_rows, max_batch_tokens
         self._is_deterministic = is_deterministic
         self.num_preemptions = 0
@@ -47,7 +50,7 @@ class LanguageBatches:
         self._read_adapters(host, budget_us)
         growth = Growth()
         if host.suspects:
-            parts = self._parts(host, host.suspects[:1], [host.suspects[0].num_left], growth)
+            parts = self._parts(host, host.suspects[:1], [host.suspects[0].num_left], {}, growth)
             return self._forward(host, parts, growth)
         staged = set(host.staged)
         rows = [row for row in host.admitted if row not in staged and host.is_ready(row)]
@@ -55,12 +58,12 @@ class LanguageBatches:
         is_prefill = any(left > 1 for left in num_left)
         max_tokens = self._max_tokens(host, budget_us) if is_prefill else len(rows)
         order = self._policy(num_left, max_tokens, is_stage_busy=host.stage is not None)
-        parts = self._parts(host, rows, order.num_tokens, growth)
+        parts = self._parts(host, rows, order.num_tokens, self._drafter.take(host), growth)
         chosen = {rows[at] for at in order.staged}
         forward_parts = [part for part in parts if part.row not in chosen]
         staged_parts = [part for part in parts if part.row in chosen]
         if staged_parts:
-            self._prepare(growth)
+            prepare(self._arena, growth)
             host.stage = Stage(
                 strand=self._strand(host, staged_parts),
                 groups=stage_layers(host.model.spec.num_layers, order.num_stages),
@@ -87,7 +90,9 @@ class LanguageBatches:
         return images.encoding
 
     def preempt_latest(self) -> bool:
-        """The request that came last gives its pages back; False: nobody holds any."""
+        """Drafts give their pages back, else the request that came last; False: nobody holds any."""
+        if self._drafter.give_pages():
+            return True
         works = self._holders()
         if works:
             self._preempt(max(works, key=lambda work: work.arrival))
@@ -100,7 +105,7 @@ class LanguageBatches:
         growth: Growth,
         stage: Stage | None = None,
     ) -> Forward | None:
-        self._prepare(growth)
+        prepare(self._arena, growth)
         if not parts and stage is None:
             return None
         return Forward(
@@ -111,12 +116,6 @@ class LanguageBatches:
             adapters=host.adapters,
             is_deterministic=self._is_deterministic,
         )
-
-    def _prepare(self, growth: Growth) -> None:
-        """Copies first: a page that was given up meanwhile may be fresh again."""
-        self._arena.copy(growth.copies)
-        for layout_name, pages in growth.fresh.items():
-            blank(self._arena, layout_name, pages)
 
     def _strand(self, host: LanguageHost, parts: Sequence[Part]) -> Strand:
         strand = Strand(host.model, parts, self._arena.device)
@@ -153,11 +152,13 @@ class LanguageBatches:
             if not is_alone:
                 if num_running + num_more > self._max_rows:
                     return
-                if not host.pages.has_room(len(row.tokens), len(admitted)):
+                needs = (len(row.tokens), len(admitted))
+                if not host.pages.has_room(*needs) and not (
+                    self._drafter.give_pages() and host.pages.has_room(*needs)
+                ):
                     return
                 if not host.adapters.has_room(
-                    row.work.request.adapter,
-                    num_other_larges=host.pages.num_larges(len(row.tokens)),
+                    row.work.request.adapter, num_other_larges=host.pages.num_larges(needs[0])
                 ):
                     return
             if any(_makes_prefix_of(row, other, host.pages.unit) for other in admitted):
@@ -168,8 +169,8 @@ class LanguageBatches:
             admitted.append(row)
             num_running += num_more
             work = row.work
-            is_scored = work.request.num_prompt_logprobs is not None and not work.is_forked
-            num_hit = 0 if is_scored else host.pages.match(row)
+            needs_all = work.request.needs_all_tokens and not work.is_forked
+            num_hit = 0 if needs_all else host.pages.match(row)
             if work.num_cached is None:
                 work.num_cached = num_hit
             if host.images is not None:
@@ -200,14 +201,31 @@ class LanguageBatches:
         host: LanguageHost,
         rows: Sequence[LanguageRow],
         num_tokens: Sequence[int],
+        drafts: Mapping[LanguageRow, tuple[int, ...]],
         growth: Growth,
     ) -> list[Part]:
-        """Give every row the pages that it writes. Where there are none, whoever came last gives way."""
+        """Give every row the pages that it writes. Where there are none, drafts go, then whoever came last gives way."""
         parts: list[Part] = []
         for row, count in zip(rows, num_tokens, strict=True):
-            if count and row.is_admitted and self._grow(host, row, count, growth):
-                parts.append(Part(row=row, start=row.num_computed, num_tokens=count))
+            if not count or not row.is_admitted:
+                continue
+            draft = drafts.get(row, ()) if row.num_left == 1 else ()
+            if draft and not self._has_grown(host, row, count + len(draft), growth):
+                draft = ()
+            if draft or self._grow(host, row, count, growth):
+                start = row.num_computed
+                size = count + len(draft)
+                parts.append(Part(row=row, start=start, num_tokens=size, draft=draft))
         return [part for part in parts if part.row.is_admitted]
+
+    @staticmethod
+    def _has_grown(host: LanguageHost, row: LanguageRow, count: int, growth: Growth) -> bool:
+        """With free pages only."""
+        try:
+            host.pages.grow(row, row.num_computed + count, growth)
+        except OutOfPagesError:
+            return False
+        return True
 
     def _grow(self, host: LanguageHost, row: LanguageRow, count: int, growth: Growth) -> bool:
         end = row.num_computed + count
@@ -220,6 +238,8 @@ class LanguageBatches:
                 reserve()
                 return True
             except OutOfPagesError as error:
+                if self._drafter.give_pages():
+                    continue
                 holders = self._holders()
                 last = max(holders, key=lambda other: other.arrival)
                 if holders == {work}:  # nobody else can give any
@@ -243,6 +263,7 @@ class LanguageBatches:
 
     def _release(self, work: LanguageWork) -> None:
         for row in work.rows:
+            self._drafter.release(row)
             self._hosts[work.request.model].release(row)
 
 

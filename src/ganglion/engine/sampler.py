@@ -9,7 +9,8 @@ import math
 import secrets
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -44,6 +45,10 @@ class Matcher(Protocol):
 
     def advance(self, token_id: int) -> None:
         """A token that the mask allowed was drawn."""
+        ...
+
+    def fork(self) -> "Matcher":
+        """A second one that goes on from this place."""
         ...
 
 
@@ -105,6 +110,16 @@ class SamplerState:
         key = struct.pack("<qqqq", self._seed, self.choice, self.num_tokens, purpose)
         word = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         return (word >> 11) * 2.0**-53
+
+    def sketch(self) -> "SamplerState":
+        """A copy that a drafting model draws ahead with: the same random numbers, and no scores to report."""
+        copied = copy(self)
+        copied.sampling = replace(self.sampling, num_logprobs=None)
+        copied.grammar = None if self.grammar is None else self.grammar.fork()
+        if self.is_penalised:
+            copied._slot_of = dict(self._slot_of)
+            copied._seen_ids, copied._seen_counts = self._seen_ids.copy(), self._seen_counts.copy()
+        return copied
 
     def accept(self, token_id: int) -> None:
         """One more token of this choice: drawn by `Sampler.sample`, which calls this, or taken from elsewhere."""

@@ -1,10 +1,11 @@
-"""Checking a draft against the target's logits, token by token. Called by the engine for a choice that speculates.
+"""Checking drafts against the target's logits, token by token. Called by `engine.language` when a batch is computed.
 
-Knows a choice's sampler state and its logits; not where drafts come from (`models.speculate`).
+Knows choices' sampler states and logits; not where drafts come from (`engine.drafter`).
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ganglion.engine.sampler import Sampled, Sampler, SamplerState
@@ -12,21 +13,35 @@ from ganglion.errors import GanglionError
 
 
 def verify(
-    sampler: Sampler, logits: Tensor, state: SamplerState, draft: Sequence[int]
-) -> list[Sampled | GanglionError]:
-    """The choice's next tokens, 1 to len(draft) + 1: those that it would have drawn without the draft.
+    sampler: Sampler,
+    logits: Tensor,
+    firsts: Sequence[int],
+    states: Sequence[SamplerState],
+    drafts: Sequence[Sequence[int]],
+) -> list[list[Sampled | GanglionError]]:
+    """Each choice's next tokens, 1 to len(draft) + 1: those that it would have drawn without the draft.
 
-    `logits` [draft + 1, vocab] float32: row i is the target's after i tokens of the draft. Each place is drawn under the state that the
-    tokens before it leave (penalties, grammar, minimum length, random numbers), until one departs from the draft, the grammar is
-    complete or a row fails; an error is last. The draft's tokens but for the last returned one have valid pages.
+    `logits` [line, vocab] float32: line firsts[i] + j is the target's of choice i after j tokens of its draft. Each place
+    is drawn under the state that the tokens before it leave (penalties, grammar, minimum length, random numbers), until
+    one departs from the draft, the grammar is complete or a line fails; an error is last. All choices' places of one
+    number are drawn together.
     """
-    assert len(logits) == len(draft) + 1, f"{len(logits)} rows for {len(draft)} drafted tokens"
-    taken: list[Sampled | GanglionError] = []
-    for place in range(len(logits)):
-        (drawn,) = sampler.sample(logits[place : place + 1], [state])
-        taken.append(drawn)
-        if isinstance(drawn, GanglionError) or state.is_done:
-            break
-        if place == len(draft) or drawn.token_id != draft[place]:
-            break
+    taken: list[list[Sampled | GanglionError]] = [[] for _ in states]
+    going, place = list(range(len(states))), 0
+    while going:
+        lines = [firsts[at] + place for at in going]
+        is_all = lines == list(range(len(logits)))
+        of_place = logits if is_all else logits[torch.tensor(lines, device=logits.device)]
+        drawn = sampler.sample(of_place, [states[at] for at in going])
+        still = []
+        for at, one in zip(going, drawn, strict=True):
+            taken[at].append(one)
+            has_held = (
+                not isinstance(one, GanglionError)
+                and place < len(drafts[at])
+                and one.token_id == drafts[at][place]
+            )
+            if has_held and not states[at].is_done:
+                still.append(at)
+        going, place = still, place + 1
     return taken

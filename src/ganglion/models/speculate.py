@@ -1,20 +1,17 @@
-"""Speculative decoding, the part without a forward: what to draft, what of a draft holds, how long a draft pays.
+"""Speculative decoding, the part without a forward: what to draft, how often drafts held, how many tokens of one pay.
 
-Called by the engine, which runs target and draft models. Pure but for the probabilities handed in: knows token ids and
-numbers; not pages, models or requests. Dimension names: draft (one drafted token
-each), place (one more than draft), vocab.
-
-Two rules accept drafts. By equality (`num_equal`): the target draws as it would without a draft, under the same random numbers,
-and the draft holds as long as it says the same. Tokens then equal those of plain decoding, greedy or seeded. For drafts without probabilities
-(an n-gram's) no rule accepts more. By rejection (`accept_by_rejection`): a drafting model's token holds more often, the tokens
-follow the target's distribution exactly, but are others than without a draft.
+Called by `engine.drafter`, which runs target and draft models. Pure: knows token ids and measured times; not pages,
+models or requests. What of a draft holds is decided by `engine.verify`.
 """
 
-from collections.abc import Sequence
-from itertools import takewhile
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
-from jaxtyping import Float
-from torch import Tensor
+MAX_SHARE = 0.99  # nothing holds for sure
+REFRESH_STEPS = 32  # one step in so many is plain, so that it is known what those cost
+PROBES = (2, 4, 8, 1)  # lengths that are tried, in turn, where no draft is known to pay
 
 
 class NgramIndex:
@@ -29,6 +26,9 @@ class NgramIndex:
         self._tokens: list[int] = []
         # n-gram -> where the token after its latest occurrence stands, the one at the very end left out.
         self._next_of: dict[tuple[int, ...], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._tokens)
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """More tokens of the prompt, or that the target has drawn."""
@@ -55,74 +55,20 @@ class NgramIndex:
         return ()
 
 
-def num_equal(draft: Sequence[int], drawn: Sequence[int]) -> int:
-    """How many tokens of a draft hold, when the target has drawn `drawn` at its places (one more, or stopped early).
+class Acceptance:
+    """Share of drafted tokens, each given that those before it held, that held lately. Counts with forgetting.
 
-    The choice goes on by `drawn[: num_equal + 1]`: the first token that differs is the target's own, and so is the one past a draft that
-    holds as a whole.
-    """
-    return sum(
-        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(draft, drawn, strict=False))
-    )
-
-
-def accept_by_rejection(
-    target: Float[Tensor, "place vocab"],
-    proposal: Float[Tensor, "draft vocab"],
-    draft: Sequence[int],
-    accept_uniforms: Sequence[float],
-    draw_uniform: float,
-) -> tuple[int, ...]:
-    """The tokens that a choice goes on by: 1 to len(draft) + 1, exactly as if drawn from the target one by one.
-
-    `target`, `proposal`: probabilities at each place, after temperature and truncation. `draft` was drawn from
-    `proposal`. `accept_uniforms` [draft], `draw_uniform`: independent numbers in [0, 1). Token x holds with probability
-    min(1, target(x) / proposal(x)); the first that does not is drawn anew from what the target has beyond the
-    proposal (Leviathan, Kalman and Matias 2023; Chen et al. 2023).
-    """
-    assert len(draft) == len(proposal) == len(target) - 1 == len(accept_uniforms)
-    for place, token_id in enumerate(draft):
-        wanted, offered = float(target[place, token_id]), float(proposal[place, token_id])
-        assert offered > 0.0, f"token {token_id} cannot have been drawn from the proposal"
-        if accept_uniforms[place] * offered >= wanted:
-            beyond = (target[place].double() - proposal[place].double()).clamp(min=0.0)
-            # Equal but for rounding: nothing beyond, and either is right.
-            rest = beyond if bool(beyond.any()) else target[place].double()
-            return (*draft[:place], _draw(rest, draw_uniform))
-    return (*draft, _draw(target[-1].double(), draw_uniform))
-
-
-def _draw(weights: Float[Tensor, " vocab"], uniform: float) -> int:
-    sums = weights.cumsum(0)
-    total = float(sums[-1])
-    assert total > 0.0, (
-        "the target has nothing beyond the proposal, so that it cannot have rejected"
-    )
-    index = int((sums <= uniform * total).sum())
-    return min(index, int(weights.nonzero()[-1, 0]))  # rounding must not lead past the last
-
-
-class DraftLength:
-    """How many tokens to draft next, from how often drafts held lately and what a forward costs: 0 where none pays.
-
-    A draft of k tokens brings (1 - a^(k + 1)) / (1 - a) tokens where each holds with probability a. `a` is counted with
-    forgetting, so that a choice that comes to a part it can copy drafts more, and one that cannot stops. While it
-    drafts nothing, it spends `probe_share` of its time on drafts of one token, so that it notices.
+    `prior`: what is taken for true before anything was seen, as if two tokens had said so.
     """
 
-    def __init__(
-        self, *, max_tokens: int = 8, memory_tokens: float = 32.0, probe_share: float = 0.02
-    ) -> None:
-        assert max_tokens >= 1
+    def __init__(self, *, prior: float = 0.5, memory_tokens: float = 24.0) -> None:
         assert memory_tokens > 1.0
-        self._max_tokens, self._probe_share = max_tokens, probe_share
         self._keep = 1.0 - 1.0 / memory_tokens
-        self._num_held, self._num_tried = 1.0, 2.0  # before anything is known: one of two holds
-        self._idle_us = 0.0
+        self._num_held, self._num_tried = 2.0 * prior, 2.0
 
     @property
-    def acceptance(self) -> float:
-        """Share of drafted tokens, each given that those before it held, that held lately."""
+    def share(self) -> float:
+        """In [0, 1]."""
         return self._num_held / self._num_tried
 
     def observe(self, *, num_drafted: int, num_held: int) -> None:
@@ -132,25 +78,140 @@ class DraftLength:
             self._num_tried = self._num_tried * self._keep + 1.0
             self._num_held = self._num_held * self._keep + (1.0 if place < num_held else 0.0)
 
-    def choose(self, verify_us: Sequence[float], draft_us: float = 0.0) -> int:
-        """Tokens to draft. `verify_us[k]`: a forward of the target over k + 1 tokens; `draft_us`: one drafted token."""
-        assert verify_us, "verify_us[0] is a plain step"
-        rates = self._tokens_per_us(verify_us[: self._max_tokens + 1], draft_us)
-        best = rates.index(max(rates))
-        if best or len(verify_us) == 1:
-            self._idle_us = 0.0
-            return best
-        self._idle_us += verify_us[0]
-        if self._idle_us * self._probe_share < verify_us[1] + draft_us - verify_us[0]:
-            return 0
-        self._idle_us = 0.0
-        return 1
 
-    def _tokens_per_us(self, verify_us: Sequence[float], draft_us: float) -> list[float]:
-        chance = min(self.acceptance, 0.99)
-        return [
-            (1.0 - chance ** (num_drafted + 1))
-            / (1.0 - chance)
-            / (cost_us + num_drafted * draft_us)
-            for num_drafted, cost_us in enumerate(verify_us)
-        ]
+def share_out(
+    shares: Sequence[float], limits: Sequence[int], cost_us: Callable[[int], float]
+) -> tuple[int, ...]:
+    """How many tokens each row drafts, at most `limits`, so that a step makes the most tokens per time.
+
+    A row whose tokens hold with probability a makes 1 + a + ... + a^k tokens of a draft of k. `cost_us(n)`: a step with
+    n drafted tokens in all. Tokens are given to rows in the order of what they bring, so that for every n the best
+    sharing is among those that are compared.
+    """
+    lengths = [0] * len(shares)
+    gains = [(-min(share, MAX_SHARE), row) for row, share in enumerate(shares) if limits[row]]
+    heapq.heapify(gains)
+    num_tokens, num_drafted = float(len(shares)), 0
+    best, best_rate = tuple(lengths), num_tokens / cost_us(0)
+    while gains:
+        gain, row = heapq.heappop(gains)
+        lengths[row] += 1
+        num_drafted, num_tokens = num_drafted + 1, num_tokens - gain
+        if num_tokens / cost_us(num_drafted) > best_rate:
+            best, best_rate = tuple(lengths), num_tokens / cost_us(num_drafted)
+        if lengths[row] < limits[row]:
+            heapq.heappush(gains, (gain * min(shares[row], MAX_SHARE), row))
+    return best
+
+
+@dataclass(slots=True)
+class _Measured:
+    """Steps with about so many drafted tokens: running means."""
+
+    num_drafted: float
+    us: float
+    count: int = 1
+
+
+class StepCosts:
+    """Microseconds of whole steps, by rows and tokens drafted for all of them: what was measured, linear in between."""
+
+    def __init__(self, *, prior_share: float = 0.25, smoothing: float = 0.15) -> None:
+        self._prior_share, self._smoothing = prior_share, smoothing
+        self._of_rows: dict[int, dict[int, _Measured]] = {}  # rows -> power of two of drafted
+
+    def observe(self, num_rows: int, num_drafted: int, us: float) -> None:
+        """One step. What takes more than three times the mean was disturbed, and counts as three times."""
+        of_rows = self._of_rows.setdefault(num_rows, {})
+        known = of_rows.get(num_drafted.bit_length())
+        if known is None:
+            of_rows[num_drafted.bit_length()] = _Measured(num_drafted, us)
+            return
+        known.count += 1
+        # the first of a shape may have warmed something up: the second stands for itself
+        weight = max(self._smoothing, 1.0 / (known.count - 1))
+        known.num_drafted += weight * (num_drafted - known.num_drafted)
+        known.us += weight * (min(us, 3.0 * known.us) - known.us)
+
+    def is_known(self, num_rows: int, num_drafted: int) -> bool:
+        """Was a step like that measured, more than once?"""
+        known = self._of_rows.get(num_rows, {}).get(num_drafted.bit_length())
+        return known is not None and known.count > 1
+
+    def plain_us(self, num_rows: int) -> float | None:
+        """A step without drafts; None: not measured yet."""
+        known = self._of_rows.get(num_rows, {}).get(0)
+        return known.us if known is not None and known.count > 1 else None
+
+    def estimate_us(self, num_rows: int, num_drafted: int) -> float:
+        """A step; `plain_us` of it must be known. A drafted token costs `prior_share` of a row where none was measured."""
+        points = sorted((known.num_drafted, known.us) for known in self._of_rows[num_rows].values())
+        if len(points) == 1:
+            points.append((float(num_rows), points[0][1] * (1.0 + self._prior_share)))
+        for (low, low_us), (high, high_us) in pairwise(points):
+            if num_drafted <= high or (high, high_us) == points[-1]:
+                slope = (high_us - low_us) / max(high - low, 1e-9)
+                return max(low_us + slope * (num_drafted - low), 1e-3)
+        raise AssertionError("two points at least")
+
+
+class Pace:
+    """How many tokens the rows of a batch draft, so that drafting pays, and never costs more than a little.
+
+    A purse in microseconds: what drafting saved against plain steps comes in, what it lost goes out, `probe_share` of
+    all time comes in besides. Nothing is drafted while it is empty, so that the loss is bounded whatever the estimates say.
+    """
+
+    def __init__(self, *, probe_share: float = 0.01, max_steps: float = 4.0) -> None:
+        self.costs = StepCosts()
+        self._probe_share, self._max_steps = probe_share, max_steps
+        self._purse_us: float | None = None  # None: it is not known yet what a step costs
+        self._num_since_plain, self._next_probe = 0, 0
+
+    def choose(self, shares: Sequence[float], limits: Sequence[int]) -> tuple[int, ...]:
+        """Tokens to draft, for each row. `shares`: of its tokens that hold; `limits`: as many as it can draft."""
+        none = (0,) * len(shares)
+        plain_us = self.costs.plain_us(len(shares))
+        if plain_us is None or not any(limits) or self._num_since_plain >= REFRESH_STEPS:
+            return none
+        if self._purse_us is None:
+            self._purse_us = plain_us * self._max_steps / 2
+        if self._purse_us <= 0.0:
+            return none
+        lengths = share_out(shares, limits, lambda n: self.costs.estimate_us(len(shares), n))
+        return lengths if any(lengths) else self._probe(shares, limits, plain_us)
+
+    def observe(
+        self,
+        *,
+        num_rows: int,
+        num_drafted: int,
+        num_taken: int,
+        spent_us: float,
+        is_typical: bool = True,
+    ) -> None:
+        """One step of `num_rows` made `num_taken` tokens. Not typical: what it cost says nothing about the next."""
+        if is_typical or not num_drafted:
+            self.costs.observe(num_rows, num_drafted, spent_us)
+        plain_us = self.costs.plain_us(num_rows)
+        self._num_since_plain = self._num_since_plain + 1 if num_drafted else 0
+        if plain_us is None or self._purse_us is None:
+            return
+        self._purse_us += self._probe_share * spent_us
+        if num_drafted:
+            self._purse_us += plain_us * num_taken / num_rows - spent_us
+        bound_us = self._max_steps * plain_us
+        self._purse_us = max(-16 * bound_us, min(bound_us, self._purse_us))
+
+    def _probe(
+        self, shares: Sequence[float], limits: Sequence[int], plain_us: float
+    ) -> tuple[int, ...]:
+        """The row whose draft is likeliest to hold drafts all the same, if the purse bears it."""
+        assert self._purse_us is not None
+        row = max(range(len(shares)), key=lambda at: shares[at] if limits[at] else -1.0)
+        length = min(limits[row], PROBES[self._next_probe % len(PROBES)])
+        extra_us = self.costs.estimate_us(len(shares), length) - plain_us
+        if self._purse_us < max(extra_us, plain_us / 4):
+            return (0,) * len(shares)
+        self._next_probe += 1
+        return tuple(length if at == row else 0 for at in range(len(shares)))
