@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from ganglion.errors import CheckpointError, FieldError, UnsupportedFieldError
 from ganglion.generation import Picture
@@ -27,7 +27,18 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PICTURE_PX = 40_000_000  # decoded: 120 MB for a moment
 MAX_EDGE_PX = 16_384
 _MAX_RESIZED_PX = 4096  # transformers' own bound of the longest edge
-_QUARTER_TURNS = (5, 6, 7, 8)  # orientations in which a file's rows are columns
+# EXIF's orientations that are not as the file has it; in the last four its rows are columns.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_QUARTER_TURNS = (5, 6, 7, 8)
+_ANIMATED = ("PNG", "WEBP")  # a JPEG with several pictures is a photo with a preview
 _KEY_BYTES = 16
 _RESAMPLES = {int(kind): kind for kind in Image.Resampling}
 _FIXED = {"do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
@@ -163,7 +174,7 @@ def picture_size(picture: Picture) -> tuple[int, int]:
     """Width and height as it is to be seen, from the head of the file. Raises FieldError as `read_picture`."""
     with _opened(picture) as image:
         width, height = image.size
-        is_turned = image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+        is_turned = _orientation(picture, image) in _QUARTER_TURNS
     return (height, width) if is_turned else (width, height)
 
 
@@ -173,8 +184,9 @@ def read_picture(picture: Picture) -> Image.Image:
     Raises FieldError for what is no picture, is damaged or too large.
     """
     with _opened(picture) as image:
+        turn = _TURNS.get(_orientation(picture, image))
         try:
-            turned = ImageOps.exif_transpose(image)
+            turned = image if turn is None else image.transpose(turn)
             if "A" in turned.getbands() or turned.info.get("transparency") is not None:
                 clear = turned.convert("RGBA")
                 white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
@@ -190,7 +202,6 @@ def _opened(picture: Picture) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's own bound of pixels: ours is lower
             image = Image.open(io.BytesIO(picture.data), formats=FORMATS)
-            image.getexif()
     except Exception as error:
         raise _damaged(picture, error) from error
     width, height = image.size
@@ -201,11 +212,19 @@ def _opened(picture: Picture) -> Image.Image:
             got=f"{width} x {height}",
             next_step="make the picture smaller: models see far fewer pixels than that",
         )
-    if getattr(image, "n_frames", 1) > 1:
+    if image.format in _ANIMATED and getattr(image, "n_frames", 1) > 1:
         raise UnsupportedFieldError(
             picture.field, why="it is an animation", next_step="send its frames as pictures"
         )
     return image
+
+
+def _orientation(picture: Picture, image: Image.Image) -> int:
+    """As EXIF says in the head of the file; the plain reader, since PNG's own decodes the picture to look behind it."""
+    try:
+        return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
+    except Exception as error:
+        raise _damaged(picture, error) from error
 
 
 def _damaged(picture: Picture, error: Exception) -> FieldError:

@@ -22,7 +22,7 @@ from ganglion.serve.openai.catalog import Catalog, Chosen
 from ganglion.serve.openai.fields import Fields
 from ganglion.serve.openai.grammar import read_format, read_structure
 from ganglion.serve.openai.logprobs import LogprobWriter
-from ganglion.serve.openai.messages import read_messages, tool_call
+from ganglion.serve.openai.messages import pictures_of, read_messages, tool_call
 from ganglion.serve.openai.run import Item
 from ganglion.serve.openai.sampling import (
     MAX_CHOICES,
@@ -65,6 +65,7 @@ class ChatReader:
         _check_modalities(fields)
         chosen = self._catalog.choose(fields)
         messages = read_messages(fields)
+        pictures = pictures_of(messages, chosen.spec)
         tools = read_tools(fields, CHAT_SHAPE, chosen.spec.family)
         grammar = choose_grammar(fields, tools, read_format(fields))
         stream = StreamOptions.read(fields)
@@ -84,6 +85,7 @@ class ChatReader:
             sampling=sampling,
             num_choices=num_choices,
             tenant=read_tenant(fields),
+            pictures=pictures,
         )
         answer = ChatAnswer(chosen, request, tools=tools, stream=stream, created_s=created_s)
         return Prepared(

@@ -16,6 +16,7 @@ from ganglion.serve.openai.grammar import ANY_OBJECT, read_schema
 from ganglion.serve.openai.messages import (
     MAX_ID_LENGTH,
     MAX_MESSAGES,
+    pictures_of,
     read_content,
     read_role,
     tool_call,
@@ -58,6 +59,7 @@ class ResponseReader:
             )
         chosen = self._catalog.choose(fields)
         messages = _read_instructions(fields) + _read_input(fields)
+        pictures = pictures_of(messages, chosen.spec)
         tools = read_tools(fields, RESPONSES_SHAPE, chosen.spec.family)
         grammar = choose_grammar(fields, tools, _read_format(fields))
         prompt = chosen.tokenizer.chat(messages, tools=tools.shown)
@@ -69,7 +71,11 @@ class ResponseReader:
             num_logprobs=_read_logprobs(fields),
         )  # fmt: skip
         request = GenerateRequest(
-            model=chosen.spec.name, prompt=prompt, sampling=sampling, tenant=read_tenant(fields)
+            model=chosen.spec.name,
+            prompt=prompt,
+            sampling=sampling,
+            tenant=read_tenant(fields),
+            pictures=pictures,
         )
         answer = ResponseAnswer(
             chosen, request, tools=tools, told=_told(fields, request), created_s=created_s
@@ -107,6 +113,7 @@ def _read_input(fields: Fields) -> tuple[ChatMessage, ...]:
             messages[-1] = ChatMessage(
                 role="assistant",
                 content=last.content,
+                parts=last.parts,
                 tool_calls=(*last.tool_calls, *message.tool_calls),
             )
         else:
@@ -121,7 +128,7 @@ def _read_item(item: Fields) -> ChatMessage | None:
             content = read_content(item, "content")
             if content is None:
                 raise item.wrong("content", "a string or a list of parts")
-            return ChatMessage(role=read_role(item), content=content)
+            return ChatMessage(role=read_role(item), content=content.text, parts=content.parts)
         case "function_call":
             call_id, name = _text(item, "call_id"), _text(item, "name")
             arguments = item.text("arguments")
@@ -135,7 +142,12 @@ def _read_item(item: Fields) -> ChatMessage | None:
             output = read_content(item, "output")
             if output is None:
                 raise item.wrong("output", "a string or a list of parts")
-            return ChatMessage(role="tool", content=output, tool_call_id=_text(item, "call_id"))
+            return ChatMessage(
+                role="tool",
+                content=output.text,
+                parts=output.parts,
+                tool_call_id=_text(item, "call_id"),
+            )
         case "reasoning":
             return None
         case kind:

@@ -8,7 +8,7 @@ from typing import Any
 from ganglion.errors import UnsupportedFieldError
 from ganglion.serve.openai.catalog import Catalog, Chosen
 from ganglion.serve.openai.fields import Fields
-from ganglion.serve.openai.messages import read_messages
+from ganglion.serve.openai.messages import pictures_of, read_messages
 from ganglion.serve.openai.sampling import read_token
 from ganglion.serve.openai.tools import CHAT_SHAPE, read_tools
 
@@ -44,7 +44,9 @@ class TokenReader:
                 why = "the assistant always speaks next"
                 raise UnsupportedFieldError("add_generation_prompt", why=why)
             tools = read_tools(fields, CHAT_SHAPE, chosen.spec.family)
-            token_ids = chosen.tokenizer.chat(read_messages(fields), tools=tools.shown)
+            messages = read_messages(fields)
+            pictures_of(messages, chosen.spec)  # refuses those that the model cannot see
+            token_ids = chosen.tokenizer.chat(messages, tools=tools.shown)
         else:
             prompt = fields.text("prompt")
             if prompt is None:
