@@ -16,11 +16,13 @@ import torch
 from ganglion.config import ChatConfig
 from ganglion.errors import CheckpointError, ConfigError
 from ganglion.generation import LanguageSpec
+from ganglion.layout import PageLayout
 from ganglion.models.decoder_load import Progress, load_language, outline_language
 from ganglion.models.dense_kv import DenseKv
 from ganglion.models.language import KvGroup, LanguageModel, StateGroup
 from ganglion.models.registry import DTYPES
 from ganglion.models.text_tokenizer import read_tokenizer
+from ganglion.models.vision import page_layouts
 from ganglion.pipeline.residency import Stay
 from ganglion.pipeline.served import InMemory, ServedLanguage
 from ganglion.plan.footprint import weigh
@@ -85,6 +87,7 @@ class FolderSource:
     max_page_bytes: int
     spec: LanguageSpec
     groups: tuple[KvGroup | StateGroup, ...]
+    layouts: tuple[PageLayout, ...]
     weight_bytes: int
 
     @classmethod
@@ -97,6 +100,7 @@ class FolderSource:
             max_page_bytes=max_page_bytes,
             spec=outline.spec,
             groups=outline.groups,
+            layouts=page_layouts(outline),
             weight_bytes=weights_of(folder, dtype),
         )
 

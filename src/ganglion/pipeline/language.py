@@ -224,9 +224,9 @@ class LanguageFront:
         """Everything that an operator sees of language models, as of now."""
         self._watch.observe_preemptions(self._core.num_preemptions)
         layouts = {
-            group.layout.name: name
+            layout.name: name
             for name, served in self._served.items()
-            for group in served.source.groups
+            for layout in served.source.layouts
         }
         return self._watch.stats(self._core.progress(), self._core.records, layouts)
 

@@ -107,7 +107,7 @@ class LocalService:
         self._lanes = Lanes(engine.lanes if engine.lanes and model is not None else ((),))
         layouts = () if model is None else policy_layouts(model, memory)
         for served in languages:
-            layouts = (*layouts, *(group.layout for group in served.source.groups))
+            layouts = (*layouts, *served.source.layouts)
         layout = PoolLayout(large_page_bytes=memory.large_page_bytes, layouts=layouts)
         self._residency = Residency(
             models={

@@ -4,14 +4,17 @@ Made by `cli` or a test, used by `pipeline.language` from any thread. Knows no p
 """
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from ganglion.engine.grammar import GrammarCompiler, GrammarMatcher
 from ganglion.engine.sampler import check_sampling
 from ganglion.errors import FieldError, UnsupportedFieldError
-from ganglion.generation import GenerateRequest, LanguageSpec
+from ganglion.generation import GenerateRequest, LanguageSpec, Picture, PromptImage
+from ganglion.layout import PageLayout
 from ganglion.models.language import KvGroup, LanguageModel, StateGroup
+from ganglion.models.vision import page_layouts
 from ganglion.pipeline.residency import Stay
 from ganglion.service import TextTokenizer
 
@@ -30,6 +33,15 @@ class ShowingTokenizer(TextTokenizer, Protocol):
         """Bytes of the text; none for a special token."""
         ...
 
+    def images(
+        self, prompt: Sequence[int], pictures: Sequence[Picture]
+    ) -> tuple[PromptImage, ...]:
+        """The pictures for which a prompt has room, as the model reads them; takes up to a second for each.
+
+        Raises FieldError for a picture that is damaged or too many for the prompt; UnsupportedFieldError where the model is blind.
+        """
+        ...
+
 
 @runtime_checkable
 class LanguageSource(Protocol):
@@ -43,6 +55,11 @@ class LanguageSource(Protocol):
     @property
     def groups(self) -> tuple[KvGroup | StateGroup, ...]:
         """Of the model: the pool is made with their layouts."""
+        ...
+
+    @property
+    def layouts(self) -> tuple[PageLayout, ...]:
+        """All that the model keeps in pages: those of its groups, and features of pictures."""
         ...
 
     @property
@@ -71,6 +88,11 @@ class InMemory:
     def groups(self) -> tuple[KvGroup | StateGroup, ...]:
         """As LanguageSource.groups."""
         return self.model.groups
+
+    @property
+    def layouts(self) -> tuple[PageLayout, ...]:
+        """As LanguageSource.layouts."""
+        return page_layouts(self.model)
 
     def load(self) -> LanguageModel:
         """The same one with each call."""
@@ -120,6 +142,9 @@ class ServedLanguage:
             raise FieldError(
                 "prompt", expected=f"token ids in 0..{spec.vocab_size - 1}", got=str(wrong)
             )
+        if request.pictures:
+            images = self.tokenizer.images(request.prompt, request.pictures)
+            request = replace(request, pictures=(), images=images)
         room = spec.max_tokens - num_tokens
         if request.sampling.max_tokens > room:
             request = replace(request, sampling=replace(request.sampling, max_tokens=room))

@@ -135,7 +135,8 @@ class GenerateEndpoint:
 async def _generate(run: Run, prepared: Prepared, reply: "_Reply") -> None:
     has_grammar = any(request.sampling.grammar is not None for request in prepared.requests)
     requests = [replace(request, trace_id=prepared.answer_id) for request in prepared.requests]
-    if has_grammar:  # compiled there, which may take long
+    has_pictures = any(request.pictures for request in prepared.requests)
+    if has_grammar or has_pictures:  # compiled and read there, which may take long
         await asyncio.to_thread(run.start, requests)
     else:
         run.start(requests)
