@@ -398,7 +398,7 @@ def test_a_server_that_stops_says_so_in_the_stream(monkeypatch):
 
 
 def test_paths_that_nobody_serves(server):
-    status, error = refusal(server, "/v1/embeddings", {"input": "x"})
+    status, error = refusal(server, "/v1/moderations", {"input": "x"})
     assert (status, error["code"]) == (404, "unknown_url")
     assert "/openapi.json" in error["message"]
     with FakeService(SPEC) as service, ServerThread(service) as policy_only:

@@ -8,6 +8,7 @@ from ganglion.serve.fake_language import FakeLanguageService
 from ganglion.serve.openai.catalog import Catalog
 from ganglion.serve.openai.chat import ChatReader
 from ganglion.serve.openai.completions import CompletionReader
+from ganglion.serve.openai.embeddings import EmbeddingReader
 from ganglion.serve.openai.openapi import SCHEMAS, openapi_body
 from ganglion.serve.openai.responses import ResponseReader
 from ganglion.serve.openai.routes import openai_routes
@@ -15,11 +16,13 @@ from ganglion.serve.openai.routes import openai_routes
 READERS = {
     "ChatRequest": ChatReader,
     "CompletionRequest": CompletionReader,
+    "EmbeddingRequest": EmbeddingReader,
     "ResponseRequest": ResponseReader,
 }
 BASE = {
     "ChatRequest": {"messages": [{"role": "user", "content": "x"}]},
     "CompletionRequest": {"prompt": "x"},
+    "EmbeddingRequest": {"input": "x"},
     "ResponseRequest": {"input": "x"},
 }
 TOOL = {"type": "function", "function": {"name": "stop"}}

@@ -5,7 +5,7 @@ Owned by `engine.language` on the loop's thread. Knows neither tensors nor time.
 
 from dataclasses import dataclass, field
 
-from ganglion.generation import FinishReason, GenerateRequest, TokenLogprob
+from ganglion.generation import FinishReason, GenerateRequest, TokenLogprob, Usage
 from ganglion.memory.prefix import PageKey
 from ganglion.types import PageId, RequestId
 
@@ -69,6 +69,15 @@ class LanguageWork:
     started_s: float | None = None  # when its first batch was made
     num_preemptions: int = 0
     prompt_scores: list[TokenLogprob | None] | None = None  # of [0, computed] of the prompt
+
+    @property
+    def usage(self) -> Usage:
+        """What it took so far."""
+        return Usage(
+            num_prompt_tokens=len(self.request.prompt),
+            num_cached_tokens=self.num_cached or 0,
+            num_completion_tokens=self.num_emitted,
+        )
 
     @property
     def is_done(self) -> bool:

@@ -22,6 +22,7 @@ from ganglion.errors import (
     OverloadedError,
 )
 from ganglion.generation import (
+    Embedded,
     FinishReason,
     GenerateRequest,
     LanguageSpec,
@@ -66,7 +67,7 @@ class LanguageCore(Protocol):
         """One forward; is there more to do?"""
         ...
 
-    def drain(self) -> Sequence[TokenDelta | PromptScored | Ended]:
+    def drain(self) -> Sequence[TokenDelta | PromptScored | Embedded | Ended]:
         """What came out since the last call, in order."""
         ...
 
@@ -337,7 +338,7 @@ class LanguageFront:
                 match item:
                     case TokenDelta():
                         self._show(item, open_)
-                    case PromptScored():
+                    case PromptScored() | Embedded():
                         open_.message.on_generated(item)
                     case Ended():
                         self._end(item.request_id, item.outcome, item.trace)

@@ -130,10 +130,12 @@ class ServedLanguage:
         spec, num_tokens = self.spec, len(request.prompt)
         if not num_tokens:
             raise FieldError("prompt", expected="at least one token", got="none")
-        if num_tokens >= spec.max_tokens:
+        is_generating = request.pooling is None
+        most = spec.max_tokens - is_generating
+        if num_tokens > most:
             raise FieldError(
                 "prompt",
-                expected=f"at most {spec.max_tokens - 1} tokens, so that one can follow",
+                expected=f"at most {most} tokens" + ", so that one can follow" * is_generating,
                 got=f"{num_tokens} tokens",
                 next_step="shorten the prompt, or raise chat.max_tokens if it is below the model's own",
             )
@@ -142,6 +144,8 @@ class ServedLanguage:
             raise FieldError(
                 "prompt", expected=f"token ids in 0..{spec.vocab_size - 1}", got=str(wrong)
             )
+        if not is_generating:
+            return request
         if request.pictures:
             images = self.tokenizer.images(request.prompt, request.pictures)
             request = replace(request, pictures=(), images=images)

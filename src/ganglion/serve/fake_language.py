@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from ganglion.clock import Clock, RealClock
 from ganglion.errors import CancelledError, FieldError, GanglionError, OverloadedError
 from ganglion.generation import (
     ChatMessage,
+    Embedded,
     FinishReason,
     GenerateRequest,
     Grammar,
@@ -32,6 +35,7 @@ from ganglion.types import RequestId
 
 BEGIN, END, NUM_TOKENS = 256, 257, 258
 ROLES = ("system", "user", "assistant", "tool")
+WIDTH = 8  # of vectors
 PAGE_TOKENS = 16  # prompts are remembered in pages of so many tokens
 RETRY_AFTER_S = 0.5
 MAX_REMEMBERED = 1_024
@@ -41,7 +45,7 @@ def fake_language_spec(name: str = "echo", *, max_tokens: int = 4_096) -> Langua
     """A model of bytes that repeats."""
     return LanguageSpec(
         name=name, family="fake", version=f"{name}-1", vocab_size=NUM_TOKENS, max_tokens=max_tokens,
-        num_layers=0, width=0, eos_ids=(END,), dtype="uint8",
+        num_layers=0, width=WIDTH, eos_ids=(END,), dtype="uint8",
     )  # fmt: skip
 
 
@@ -161,7 +165,8 @@ class FakeLanguageService:
     def generate(self, request: GenerateRequest, on_generated: OnGenerated) -> RequestId:
         """Queue one prompt."""
         spec = self._spec(request.model)
-        num_tokens = len(request.prompt) + request.sampling.max_tokens
+        num_tokens = len(request.prompt)
+        num_tokens += 0 if request.pooling else request.sampling.max_tokens
         if not request.prompt or num_tokens > spec.max_tokens:
             raise FieldError(
                 "prompt",
@@ -254,6 +259,15 @@ class FakeLanguageService:
             yield answer
             return
         num_cached = self._num_cached(request)
+        if request.pooling is not None:
+            vector = np.bincount(np.array(request.prompt) % WIDTH, minlength=WIDTH)
+            yield Embedded(request_id=request_id, vector=vector.astype(np.float32))
+            yield Usage(
+                num_prompt_tokens=len(request.prompt),
+                num_cached_tokens=num_cached,
+                num_completion_tokens=0,
+            )
+            return
         if (num_top := request.num_prompt_logprobs) is not None:
             scores = tuple(fake_logprob(token, num_top) for token in request.prompt[1:])
             yield PromptScored(request_id=request_id, logprobs=(None, *scores))

@@ -42,6 +42,7 @@ class Prepared:
     is_streamed: bool
     unknown: set[str]  # names of fields that mean nothing here
     has_done_mark: bool = True  # the stream ends with "data: [DONE]"
+    num_at_once: int | None = None  # requests in the engine; None: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,6 +124,7 @@ class CompletionAnswer:
             for index in range(first, first + self._requests[source].num_choices):
                 self._choices[index].scored = generated
             return []
+        assert isinstance(generated, TextDelta), "nothing else was asked for"
         return [self._chunk(source, first + generated.choice, generated)]
 
     def close(self) -> list[dict[str, Any]]:

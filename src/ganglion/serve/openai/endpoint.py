@@ -94,9 +94,10 @@ class GenerateEndpoint:
         except GanglionError as error:
             logger.info("%s ended: %s: %s", reply.request_id, code_of(error), error)
             await reply.fail(error)
-        except asyncio.CancelledError:  # by the server's end, after its time of grace
+        except asyncio.CancelledError:
+            # By the server's end, after its time of grace. The task ends here either way; passed on, uvicorn would log
+            # it as a defect.
             await reply.fail(CancelledError("the server is stopping"))
-            raise
         except Exception:
             logger.exception("%s failed on %s", reply.request_id, scope["path"])
             await reply.fail(InternalError("see the log"))
@@ -139,7 +140,7 @@ async def _generate(run: Run, prepared: Prepared, reply: "_Reply") -> None:
     if has_grammar or has_pictures:  # compiled and read there, which may take long
         await asyncio.to_thread(run.start, requests)
     else:
-        run.start(requests)
+        run.start(requests, at_once=prepared.num_at_once)
     if prepared.is_streamed and not await _is_changed(run, FIRST_ITEM_S):
         await reply.open()
         while not await _is_changed(run, PING_S):

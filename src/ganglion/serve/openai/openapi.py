@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ganglion import __version__
+from ganglion.generation import Pooling
 from ganglion.serve.openai.completions import MAX_PROMPTS
+from ganglion.serve.openai.embeddings import MAX_INPUTS
 from ganglion.serve.openai.grammar import MAX_ALTERNATIVES, MAX_GRAMMAR_LENGTH, NAME
 from ganglion.serve.openai.messages import MAX_CALLS, MAX_ID_LENGTH, MAX_MESSAGES, MAX_PARTS, ROLES
 from ganglion.serve.openai.responses import INCLUDES, MAX_INCLUDES
@@ -104,6 +106,7 @@ STRUCTURE = _either(
     _named(choice=_list(NAMED_TEXT, MAX_ALTERNATIVES, 1)),
     _named(grammar=GRAMMAR),
 )
+SALT = {"type": "string", "maxLength": MAX_SALT_LENGTH}
 SAMPLING: dict[str, Schema] = {
     "temperature": _number(0, 2),
     "top_p": _number(0, 1),
@@ -124,7 +127,7 @@ SAMPLING: dict[str, Schema] = {
     "min_tokens": _integer(0, MAX_TOKENS),
     "ignore_eos": FLAG,
     "structured_outputs": STRUCTURE,
-    "cache_salt": {"type": "string", "maxLength": MAX_SALT_LENGTH},
+    "cache_salt": SALT,
     "stream": FLAG,
     "stream_options": STREAM_OPTIONS | {"description": "only with `stream: true`"},
     "user": TEXT,
@@ -263,6 +266,23 @@ SCHEMAS: dict[str, Schema] = {
         **SAMPLING,
     ),
     "Item": ITEM,
+    "EmbeddingRequest": _asked(
+        ("input",),
+        model=TEXT,
+        input=_either(
+            NAMED_TEXT, PROMPT_IDS, _list(_either(NAMED_TEXT, PROMPT_IDS), MAX_INPUTS, 1)
+        ),
+        encoding_format=_words("float", "base64"),
+        dimensions=_integer(1, MAX_TOKENS),
+        pooling=_words(*Pooling),
+        add_special_tokens=FLAG,
+        cache_salt=SALT,
+        user=TEXT,
+    ),
+    "EmbeddingAnswer": _object(
+        ("object", "model", "data", "usage"), object=_words("list"), model=TEXT,
+        data={"type": "array", "items": ANY}, usage=ANY,
+    ),
     "ResponseAnswer": _object(
         ("id", "object", "created_at", "model", "status", "output"),
         id=TEXT, object=_words("response"), created_at={"type": "integer"}, model=TEXT,
@@ -319,6 +339,7 @@ def openapi_body() -> dict[str, Any]:
         "/v1/chat/completions": _post("A conversation's next message", "Chat", is_streamed=True),
         "/v1/completions": _post("Continuations of prompts", "Completion", is_streamed=True),
         "/v1/responses": _post("A response, without state", "Response", is_streamed=True),
+        "/v1/embeddings": _post("Vectors of texts", "Embedding"),
         "/tokenize": _post("Text or messages to token ids", "Tokenize"),
         "/detokenize": _post("Token ids to text", "Detokenize"),
     }

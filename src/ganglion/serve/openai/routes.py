@@ -18,6 +18,7 @@ from ganglion.serve.openai.answer import Prepared
 from ganglion.serve.openai.catalog import Catalog
 from ganglion.serve.openai.chat import ChatReader
 from ganglion.serve.openai.completions import CompletionReader
+from ganglion.serve.openai.embeddings import EmbeddingReader
 from ganglion.serve.openai.endpoint import GenerateEndpoint, JsonEndpoint, json_bytes
 from ganglion.serve.openai.openapi import openapi_body
 from ganglion.serve.openai.refusal import (
@@ -84,6 +85,7 @@ def openai_routes(language: LanguageService, *, policy: PolicySpec | None) -> li
         generate("/v1/chat/completions", ChatReader(catalog).read),
         generate("/v1/completions", CompletionReader(catalog).read),
         generate("/v1/responses", ResponseReader(catalog).read),
+        generate("/v1/embeddings", EmbeddingReader(catalog).read),
         compute("/tokenize", tokens.tokenize),
         compute("/detokenize", tokens.detokenize),
         Route("/tokenizer_info", tokenizer_info),

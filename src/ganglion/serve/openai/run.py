@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Sequence
 
 from ganglion.errors import GanglionError
-from ganglion.generation import GenerateRequest, PromptScored, TextDelta, Usage
+from ganglion.generation import Embedded, GenerateRequest, PromptScored, TextDelta, Usage
 from ganglion.service import Generated, LanguageService, OnGenerated
 from ganglion.types import RequestId
 
 MAX_UNREAD = 8_192  # items: a client so far behind is cut off, since the engine waits for nobody
 
-Item = tuple[int, PromptScored | TextDelta | Usage]
+Item = tuple[int, PromptScored | Embedded | TextDelta | Usage]
 
 
 class Run:
@@ -31,19 +31,28 @@ class Run:
         self._num_open = 0
         self._lock = threading.Lock()  # over what `start` and `cancel` share, from two threads
         self._request_ids: list[RequestId] = []
+        self._backlog: deque[tuple[int, GenerateRequest]] = deque()
         self._is_cancelled = False
         self._is_overrun = asyncio.Event()
         self.usages: list[Usage] = []  # of those that ended
 
-    def start(self, requests: Sequence[GenerateRequest]) -> None:
-        """Queue all of them, from any thread. What the service raises ends those that are queued already."""
+    def start(self, requests: Sequence[GenerateRequest], *, at_once: int | None = None) -> None:
+        """Queue all of them, or so many at once. From any thread.
+
+        What the service raises ends those that are queued already.
+        """
         self._num_open = len(requests)
-        for source, request in enumerate(requests):
-            with self._lock:
-                if self._is_cancelled:
-                    return
-                request_id = self._language.generate(request, self._listener(source))
-                self._request_ids.append(request_id)
+        self._backlog.extend(enumerate(requests))
+        for _ in range(min(len(requests), at_once or len(requests))):
+            self._start_next()
+
+    def _start_next(self) -> None:
+        with self._lock:
+            if self._is_cancelled or not self._backlog:
+                return
+            source, request = self._backlog.popleft()
+            request_id = self._language.generate(request, self._listener(source))
+            self._request_ids.append(request_id)
 
     async def read(self) -> list[Item] | None:
         """All that came since the last call, at least one item; None after the last. Raises what ended a generation."""
@@ -74,6 +83,14 @@ class Run:
         for request_id in request_ids:
             self._language.cancel(request_id)
 
+    def _go_on(self) -> None:
+        """One has ended: the next one's turn."""
+        try:
+            self._start_next()
+        except GanglionError as error:
+            self._error = self._error or error
+            self.cancel()
+
     def _listener(self, source: int) -> OnGenerated:
         def on_generated(generated: Generated) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
@@ -90,6 +107,7 @@ class Run:
             if isinstance(generated, Usage):
                 self._num_open -= 1
                 self.usages.append(generated)
+                self._go_on()
             self._unread.append((source, generated))
             if len(self._unread) > MAX_UNREAD:
                 self._is_overrun.set()
