@@ -323,8 +323,8 @@ def _index(weight_map: object) -> Callable[[Path], None]:
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "unsupported family": (
-        _config(model_type="qwen3_next", architectures=["Qwen3NextForCausalLM"]),
-        "Qwen3NextForCausalLM.*'qwen3_next'.*nearest supported one is 'qwen3_moe'",
+        _config(model_type="qwen3_moe_next", architectures=["Qwen3MoeNextForCausalLM"]),
+        "Qwen3MoeNextForCausalLM.*'qwen3_moe_next'.*nearest supported one is 'qwen3_moe'",
     ),
     "no family": (_config(model_type=None), "model_type"),
     "quantised": (_config(quantization_config={"quant_method": "awq"}), "awq"),

@@ -172,9 +172,12 @@ def is_head_copied(weights: Weights, dtype: str) -> bool:
 def why_not_served(folder: Path, content: dict[str, Any]) -> str:
     """Empty, or the reason that `serve` would give."""
     from ganglion.models.decoder_spec import read_decoder_spec
+    from ganglion.models.families import ServedBy, served_by
 
+    source = str(folder / CONFIG_FILE)
     try:
-        read_decoder_spec(content, source=str(folder / CONFIG_FILE))
+        if served_by(content, source=source) is ServedBy.NATIVE:
+            read_decoder_spec(content, source=source)
     except CheckpointError as error:
         return f"{error}" + (f"; {error.advice}" if error.advice else "")
     return ""

@@ -1,4 +1,6 @@
-"""Decoder loading: a Hugging Face folder (config.json, safetensors in one file or in shards) -> a Decoder.
+"""Decoder loading: a Hugging Face folder (config.json, safetensors in one file or in shards) -> a LanguageModel.
+
+A Decoder where the family is native, else a module of transformers through `models.hf`.
 
 Called by the CLI's composition root, benches and tests. Reads numbers and names only: no code from a folder ever runs.
 Everything is checked from headers before a weight is mapped. What needs neither another dtype nor a neighbour stays a view
@@ -22,6 +24,7 @@ from ganglion.kernels.cpu import PackedLinear
 from ganglion.models.decoder import Decoder
 from ganglion.models.decoder_spec import DecoderSpec, read_decoder_spec
 from ganglion.models.decoder_targets import Target, decoder_targets
+from ganglion.models.families import ServedBy, served_by
 from ganglion.models.language import LanguageModel
 from ganglion.models.moe import Moe
 from ganglion.models.moe_load import Part, moe_parts
@@ -57,6 +60,12 @@ def load_language(
         return load_vision_language(
             folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes, on_progress=on_progress
         )
+    if _is_served_by_transformers(folder):
+        from ganglion.models.hf.folder import load_folder
+
+        return load_folder(
+            folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes, on_progress=on_progress
+        )
     outline = _outline(folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes)
     reader = TensorReader(outline.places, outline.headers, on_progress)
     fill_decoder(outline.model, outline.targets, outline.experts, reader)
@@ -73,7 +82,16 @@ def outline_language(
         return outline_vision_language(
             folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes
         )
+    if _is_served_by_transformers(folder):
+        from ganglion.models.hf.folder import outline_folder
+
+        return outline_folder(folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes)
     return _outline(folder, dtype=dtype, name=name, max_page_bytes=max_page_bytes).model
+
+
+def _is_served_by_transformers(folder: Path) -> bool:
+    source = str(folder / "config.json")
+    return served_by(read_config(folder), source=source) is ServedBy.TRANSFORMERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,7 +86,9 @@ def read_decoder_spec(
     reader = ConfigReader(config, source)
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise _unsupported(source, config)
+        raise unsupported(
+            source, config, next_step=f"serve a model of one of: {', '.join(FAMILIES)}"
+        )
     for key in NUM_EXPERTS:
         if config.get(key) is not None:
             reader.size(key, limit=_MAX_COUNT)
@@ -430,7 +432,8 @@ class ConfigReader:
         return CheckpointError(f"{self.source}: {key}: expected {expected}, got {_named(got)}")
 
 
-def _unsupported(source: str, config: Mapping[str, Any]) -> CheckpointError:
+def unsupported(source: str, config: Mapping[str, Any], *, next_step: str) -> CheckpointError:
+    """The error for a family that nothing serves."""
     family = config.get("model_type")
     names = config.get("architectures")
     architecture = names[0] if isinstance(names, list) and names else family
@@ -438,7 +441,7 @@ def _unsupported(source: str, config: Mapping[str, Any]) -> CheckpointError:
     return CheckpointError(
         f"{source}: model_type: architecture {_named(architecture)} (model_type {_named(family)}) "
         f"is not supported; the nearest supported one is {nearest!r}",
-        next_step=f"serve a model of one of: {', '.join(FAMILIES)}",
+        next_step=next_step,
     )
 
 

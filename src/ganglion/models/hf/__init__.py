@@ -1,0 +1,1 @@
+"""Decoders without a native family: modules of the transformers library (extra `hf`) over our pages."""
