@@ -8,21 +8,72 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ganglion.clock import RealClock
 from ganglion.config import ChatConfig, EngineConfig, MemoryConfig, ServeConfig
+from ganglion.errors import GanglionError
+from ganglion.generation import GenerateRequest, TextDelta, Usage
 from ganglion.models.decoder_load import load_language
 from ganglion.models.text_tokenizer import ByteTokenizer
 from ganglion.pipeline.local import LocalService
 from ganglion.pipeline.served import ServedLanguage
 from ganglion.serve.app import ServerThread
+from ganglion.service import Generated, LanguageService, OnGenerated
+from ganglion.types import RequestId
 from tests.language_folder import write_llama
 
 NAME = "tiny-llama"
-WAIT_S = 20.0
+WAIT_S = 60.0  # far more than a quiet machine needs
 MEMORY = MemoryConfig(arena_bytes=1 << 24, large_page_bytes=1 << 16)
+
+
+@dataclass(slots=True)
+class Trail:
+    """What one request was given, in order, with the place at which its client was given up."""
+
+    num_deltas: int = 0
+    num_after_cancel: int = 0
+    is_cancelled: bool = False
+    end: Usage | GanglionError | None = None
+
+
+class Watched:
+    """A LanguageService that keeps a trail of each request."""
+
+    def __init__(self, inner: LanguageService) -> None:
+        self._inner = inner
+        self._lock = threading.Lock()
+        self.trails: dict[RequestId, Trail] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def generate(self, request: GenerateRequest, on_generated: OnGenerated) -> RequestId:
+        """As LanguageService.generate."""
+        trail = Trail()
+
+        def heard(item: Generated) -> None:
+            assert trail.end is None, f"after the end: {item}"
+            if isinstance(item, TextDelta):
+                trail.num_deltas += 1
+                trail.num_after_cancel += trail.is_cancelled
+            elif isinstance(item, Usage | GanglionError):
+                trail.end = item
+            on_generated(item)
+
+        request_id = self._inner.generate(request, heard)
+        with self._lock:
+            self.trails[request_id] = trail
+        return request_id
+
+    def cancel(self, request_id: RequestId) -> None:
+        """As LanguageService.cancel."""
+        self._inner.cancel(request_id)
+        with self._lock:
+            self.trails[request_id].is_cancelled = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +82,7 @@ class Stage:
 
     server: ServerThread
     service: LocalService
+    watched: Watched
 
     @property
     def url(self) -> str:
@@ -66,6 +118,11 @@ def wait_until(is_so: Callable[[], bool], told: Callable[[], str] = lambda: "") 
         pause.wait(0.002)
 
 
+def _watched(service: LocalService) -> Watched:
+    assert service.language is not None
+    return Watched(service.language)
+
+
 @contextmanager
 def language_stage(
     folder: Path,
@@ -92,10 +149,10 @@ def language_stage(
         ServerThread(
             service,
             config=ServeConfig(port=0),
-            language=service.language,
+            language=(watched := _watched(service)),
             is_language_only=True,
         ) as server,
     ):
-        stage = Stage(server=server, service=service)
+        stage = Stage(server=server, service=service, watched=watched)
         yield stage
         stage.wait_for_rest()

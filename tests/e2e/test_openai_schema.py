@@ -20,7 +20,14 @@ from tests.language_folder import VOCAB_SIZE
 NUM_QUICK, NUM_SLOW = 24, 550  # cases of one mode of one operation
 ANSWER_S = 30.0
 MAX_TOKENS = 64
-POSTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
+POSTS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
+)
 MODES = {"allowed": GenerationMode.POSITIVE, "forbidden": GenerationMode.NEGATIVE}
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 # Rules between two values, of the model or of a grammar, which a schema does not tell: such a case may be refused, but
@@ -66,10 +73,15 @@ def fit(body):
     if isinstance(body.get("logit_bias"), dict):
         body["logit_bias"] = {str(int(t) % VOCAB_SIZE): v for t, v in body["logit_bias"].items()}
     for item in [*rows(body, "messages"), *rows(body, "input")]:
+        for name in ("content", "output"):  # the model sees nothing
+            if isinstance(item.get(name), list):
+                item[name] = [part for part in item[name] if "image_url" not in part]
         for call in [item, *(each.get("function", {}) for each in rows(item, "tool_calls"))]:
             if "arguments" in call:
                 call["arguments"] = "{}"
-    for name in ("prompt", "tokens", "stop_token_ids"):
+    if body.get("dimensions"):
+        body["dimensions"] = 1
+    for name in ("prompt", "input", "tokens", "stop_token_ids"):
         if isinstance(body.get(name), list):
             body[name] = [tokens(item) for item in body[name]]
     return body

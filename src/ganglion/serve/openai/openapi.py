@@ -11,7 +11,14 @@ from ganglion.generation import Pooling
 from ganglion.serve.openai.completions import MAX_PROMPTS
 from ganglion.serve.openai.embeddings import MAX_INPUTS
 from ganglion.serve.openai.grammar import MAX_ALTERNATIVES, MAX_GRAMMAR_LENGTH, NAME
-from ganglion.serve.openai.messages import MAX_CALLS, MAX_ID_LENGTH, MAX_MESSAGES, MAX_PARTS, ROLES
+from ganglion.serve.openai.messages import (
+    DETAILS,
+    MAX_CALLS,
+    MAX_ID_LENGTH,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    ROLES,
+)
 from ganglion.serve.openai.responses import INCLUDES, MAX_INCLUDES
 from ganglion.serve.openai.sampling import (
     MAX_BIASES,
@@ -91,10 +98,24 @@ STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 ID = {"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH}
 NAME_TEXT = {"type": "string", "pattern": f"^{NAME.pattern}$"}  # of a function or a schema
 COUNT = _integer(1, MAX_TOKENS)
+DATA_URL = {"type": "string", "pattern": "^data:image/(png|jpe?g|webp);base64,"}
 CONTENT = _either(
     TEXT,
     _list(
-        _asked(("type", "text"), type=_words("text", "input_text", "output_text"), text=TEXT),
+        _either(
+            _object(("type", "text"), type=_words("text", "input_text", "output_text"), text=TEXT),
+            _object(
+                ("type", "image_url"),
+                type=_words("image_url"),
+                image_url=_asked(("url",), url=DATA_URL, detail=_words(*DETAILS)),
+            ),
+            _asked(
+                ("type", "image_url"),
+                type=_words("input_image"),
+                image_url=DATA_URL,
+                detail=_words(*DETAILS),
+            ),
+        ),
         MAX_PARTS,
     ),
 )
@@ -313,7 +334,7 @@ SCHEMAS: dict[str, Schema] = {
         ("id", "object", "created", "owned_by", "kind"), id=TEXT, object=_words("model"),
         created={"type": "integer"}, owned_by=TEXT, kind=_words("language", "policy"),
         max_model_len={"type": "integer"}, weight_bytes={"type": "integer"},
-        state=_words("unloaded", "loading", "loaded"), stay=TEXT,
+        state=_words("unloaded", "loading", "loaded"), stay=TEXT, parent=_nullable(TEXT),
     ),
     "Models": _object(
         ("object", "data"), object=_words("list"), data={"type": "array", "items": _ref("Model")}
