@@ -189,11 +189,11 @@ def test_costs_are_linear_between_what_was_measured() -> None:
     for us in (50.0, 10.0, 10.0):  # the first warmed something up
         costs.observe(2, 0, us)
     assert costs.plain_us(2) == 10.0
-    assert costs.estimate_us(2, 2) == pytest.approx(12.5)  # nothing known of drafts: a quarter
+    assert costs.estimate_us(2, 2) == pytest.approx(11.0)  # nothing known of drafts: a tenth
     for _ in range(3):
         costs.observe(2, 4, 18.0)
     assert costs.estimate_us(2, 2) == pytest.approx(14.0)
-    assert costs.estimate_us(2, 8) == pytest.approx(26.0)
+    assert costs.estimate_us(2, 8) == pytest.approx(20.0)  # past what is known as before
     for _ in range(20):
         costs.observe(2, 4, 1e6)  # a disturbance counts as three times
     assert costs.plain_us(2) == 10.0
@@ -234,7 +234,7 @@ def test_drafting_pays_or_stops(acceptance: float, per_token: float, jump: float
     rate = decode(Pace(), Acceptance(), lambda: rng.random() < acceptance, cost_us, 4000)
     best = max(sum(acceptance**i for i in range(k + 1)) * cost_us[0] / cost_us[k] for k in range(9))
     assert rate >= 0.97
-    assert rate >= 0.85 * best
+    assert rate >= 0.9 * best or best < 1.35
 
 
 def test_the_loss_is_small_from_the_first_token_on() -> None:

@@ -11,6 +11,8 @@ from itertools import pairwise
 
 MAX_SHARE = 0.99  # nothing holds for sure
 REFRESH_STEPS = 32  # one step in so many is plain, so that it is known what those cost
+START_STEPS = 2.0  # plain ones that may be lost before anything is known
+OPTIMISM = 0.15  # by which shares may be better than what was seen lately, while the purse is full
 PROBES = (2, 4, 8, 1)  # lengths that are tried, in turn, where no draft is known to pay
 
 
@@ -116,7 +118,7 @@ class _Measured:
 class StepCosts:
     """Microseconds of whole steps, by rows and tokens drafted for all of them: what was measured, linear in between."""
 
-    def __init__(self, *, prior_share: float = 0.25, smoothing: float = 0.15) -> None:
+    def __init__(self, *, prior_share: float = 0.1, smoothing: float = 0.15) -> None:
         self._prior_share, self._smoothing = prior_share, smoothing
         self._of_rows: dict[int, dict[int, _Measured]] = {}  # rows -> power of two of drafted
 
@@ -144,15 +146,18 @@ class StepCosts:
         return known.us if known is not None and known.count > 1 else None
 
     def estimate_us(self, num_rows: int, num_drafted: int) -> float:
-        """A step; `plain_us` of it must be known. A drafted token costs `prior_share` of a row where none was measured."""
+        """A step; `plain_us` of it must be known.
+
+        Past what was measured a drafted token costs `prior_share` of a row: little, so that it is tried.
+        """
         points = sorted((known.num_drafted, known.us) for known in self._of_rows[num_rows].values())
-        if len(points) == 1:
-            points.append((float(num_rows), points[0][1] * (1.0 + self._prior_share)))
+        prior_us = self._prior_share * points[0][1] / num_rows
         for (low, low_us), (high, high_us) in pairwise(points):
-            if num_drafted <= high or (high, high_us) == points[-1]:
-                slope = (high_us - low_us) / max(high - low, 1e-9)
-                return max(low_us + slope * (num_drafted - low), 1e-3)
-        raise AssertionError("two points at least")
+            if num_drafted <= high:
+                slope_us = (high_us - low_us) / max(high - low, 1e-9)
+                return low_us + slope_us * (num_drafted - low)
+        last, last_us = points[-1]
+        return last_us + prior_us * max(0.0, num_drafted - last)
 
 
 class Pace:
@@ -162,7 +167,7 @@ class Pace:
     all time comes in besides. Nothing is drafted while it is empty, so that the loss is bounded whatever the estimates say.
     """
 
-    def __init__(self, *, probe_share: float = 0.01, max_steps: float = 4.0) -> None:
+    def __init__(self, *, probe_share: float = 0.01, max_steps: float = 8.0) -> None:
         self.costs = StepCosts()
         self._probe_share, self._max_steps = probe_share, max_steps
         self._purse_us: float | None = None  # None: it is not known yet what a step costs
@@ -175,11 +180,24 @@ class Pace:
         if plain_us is None or not any(limits) or self._num_since_plain >= REFRESH_STEPS:
             return none
         if self._purse_us is None:
-            self._purse_us = plain_us * self._max_steps / 2
+            self._purse_us = plain_us * START_STEPS
         if self._purse_us <= 0.0:
             return none
-        lengths = share_out(shares, limits, lambda n: self.costs.estimate_us(len(shares), n))
-        return lengths if any(lengths) else self._probe(shares, limits, plain_us)
+
+        def cost_us(num_drafted: int) -> float:
+            return self.costs.estimate_us(len(shares), num_drafted)
+
+        lengths = share_out(shares, limits, cost_us)
+        if not any(lengths):
+            hope = OPTIMISM * self._purse_us / (self._max_steps * plain_us)
+            lengths = share_out([share + hope for share in shares], limits, cost_us)
+        if not any(lengths):
+            return self._probe(shares, limits, plain_us)
+        longer = tuple(
+            min(2 * length, limit) for length, limit in zip(lengths, limits, strict=True)
+        )
+        is_new = not self.costs.is_known(len(shares), sum(longer))
+        return longer if is_new and self._purse_us >= plain_us else lengths
 
     def observe(
         self,
@@ -201,7 +219,7 @@ class Pace:
         if num_drafted:
             self._purse_us += plain_us * num_taken / num_rows - spent_us
         bound_us = self._max_steps * plain_us
-        self._purse_us = max(-16 * bound_us, min(bound_us, self._purse_us))
+        self._purse_us = max(-8 * bound_us, min(bound_us, self._purse_us))
 
     def _probe(
         self, shares: Sequence[float], limits: Sequence[int], plain_us: float
