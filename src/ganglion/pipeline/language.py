@@ -7,7 +7,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ganglion.clock import Clock
@@ -359,6 +359,10 @@ class LanguageFront:
         self, request_id: RequestId, outcome: Usage | GanglionError, trace: WorkTrace | None
     ) -> None:
         open_ = self._open.pop(request_id)
+        if isinstance(outcome, Usage):
+            num_unused = sum(choice.num_unused for choice in open_.choices)
+            num_used = outcome.num_completion_tokens - num_unused
+            outcome = replace(outcome, num_completion_tokens=num_used)
         self._watch.end(request_id, outcome, trace)
         took_s = self._clock.now_s() - open_.message.submitted_s
         with self._lock:
@@ -399,6 +403,7 @@ class _Choice:
         self._ids: list[int] = []  # of text that is held back
         self._logprobs: list[TokenLogprob] = []
         self.is_over = False
+        self.num_unused = 0  # tokens that came together with the one that completed a stop string, after it
 
     def take(self, item: TokenDelta) -> TextDelta | None:
         """What of it may be shown now. A stop string ends the choice at the token that completes it."""
@@ -414,6 +419,7 @@ class _Choice:
             text, stop = text + passed.text, passed.stop
             if stop is not None:
                 break
+        self.num_unused += len(item.token_ids) - num_taken
         self._ids += item.token_ids[:num_taken]
         self._logprobs += item.logprobs[:num_taken]
         finish = FinishReason.STOP if stop is not None else item.finish
