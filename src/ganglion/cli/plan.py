@@ -173,10 +173,16 @@ def why_not_served(folder: Path, content: dict[str, Any]) -> str:
     """Empty, or the reason that `serve` would give."""
     from ganglion.models.decoder_spec import read_decoder_spec
     from ganglion.models.families import ServedBy, served_by
+    from ganglion.models.vision_spec import is_vision, read_text_spec
 
     source = str(folder / CONFIG_FILE)
     try:
-        if served_by(content, source=source) is ServedBy.NATIVE:
+        if is_vision(content):
+            from ganglion.models.vision_load import read_sight
+
+            read_text_spec(content, source=source)
+            read_sight(folder)
+        elif served_by(content, source=source) is ServedBy.NATIVE:
             read_decoder_spec(content, source=source)
     except CheckpointError as error:
         return f"{error}" + (f"; {error.advice}" if error.advice else "")
