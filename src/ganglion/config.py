@@ -101,6 +101,9 @@ class ChatConfig:
     max_tokens: int = 0  # of one request, prompt and answer; 0 = as many as the model can
     max_choices: int = 256  # under way or waiting at once; past that, requests are refused
     max_rows: int = 32  # computed in one step
+    speculate: str = "off"  # who drafts: "ngram", or a model of the same tokenizer among `models`
+    speculate_tokens: int = 8  # drafted at once, at most
+    speculate_ahead: bool = False  # a model drafts on while another checks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +163,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "chat.max_tokens": (0, 10_000_000),
     "chat.max_choices": (1, 65536),
     "chat.max_rows": (1, 4096),
+    "chat.speculate_tokens": (1, 64),
     "demo.num_arms": (1, 64),
     "demo.rate_hz": (0.1, 1000),
 }
