@@ -34,6 +34,7 @@ from ganglion.memory.ledger import Ledger
 from ganglion.metrics import Metrics
 from ganglion.models.base import Model
 from ganglion.pipeline.dispatch import Cancel, Message, Refresh
+from ganglion.pipeline.drafting import read_speculation
 from ganglion.pipeline.ladder import Ladder
 from ganglion.pipeline.language import Abandon, Generate, LanguageFront, LanguageMessage
 from ganglion.pipeline.language_watch import LanguageWatch
@@ -398,6 +399,7 @@ class LocalService:
             self._clock,
             max_rows=chat.max_rows,
             cost=MeasuredCost(),
+            speculation=read_speculation(chat, languages),
         )
         residents = Residents(
             core,
