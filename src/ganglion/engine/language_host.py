@@ -14,7 +14,7 @@ from ganglion.engine.sampler import Sampler
 from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
 from ganglion.memory.orders import Moves
-from ganglion.models.language import LanguageModel
+from ganglion.models.language import LanguageModel, can_rewind
 from ganglion.models.lora_load import AdapterSet
 from ganglion.models.vision import encoder_of
 from ganglion.plan.cost import CostModel
@@ -88,7 +88,11 @@ class LanguageHost:
         self.forward = self.stage = None
         strands = [] if forward is None or forward.lead is None else [forward.lead]
         strands += [] if stage is None else [stage.strand]
-        return [part.row for strand in strands for part in strand.parts]
+        rows = [part.row for strand in strands for part in strand.parts]
+        if not can_rewind(self.model):
+            for row in rows:  # some layers' states went on already: from the start again
+                self.pages.release(row)
+        return rows
 
     def estimate_us(self, stage: str, num_tokens: int, num_layers: int = 1) -> int:
         """What so many tokens will take."""

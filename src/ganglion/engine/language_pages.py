@@ -18,6 +18,7 @@ from ganglion.memory.prefix import PageKey, chain
 from ganglion.types import PageId
 
 OWNER = "language"  # of what several requests may hold
+RELEASED_TOKENS = 256  # of which all groups' pages go before any group's of earlier ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,10 +195,26 @@ class LanguagePages:
                 table.num_dropped += num_gone
 
     def release(self, row: LanguageRow) -> None:
-        """All its references; what it computed may still be found, but is not its own any more."""
-        for group, table in zip(self._groups, row.tables, strict=True):
-            if table.pages:
-                self._ledger.release(group.layout.name, table.pages)
+        """All its references; what it computed may still be found, but is not its own any more.
+
+        From its end to its start, all groups side by side: a prefix can be gone on from only where every group has it,
+        so they are to be evicted together.
+        """
+        end = max(
+            (
+                table.num_pages * group.layout.slots
+                for group, table in zip(self._groups, row.tables, strict=True)
+            ),
+            default=0,
+        )
+        step = self.unit if len(self._groups) > 1 else max(end, 1)
+        step *= -(-RELEASED_TOKENS // step)
+        for start in range((end - 1) // step * step, -1, -step):
+            for group, table in zip(self._groups, row.tables, strict=True):
+                first = max(0, start // group.layout.slots - table.num_dropped)
+                if table.pages[first:]:
+                    self._ledger.release(group.layout.name, table.pages[first:])
+                    del table.pages[first:]
         row.tables, _ = self.open_tables()
         row.num_computed = 0
 
