@@ -170,6 +170,7 @@ def test_a_photo_is_turned_as_its_camera_was_held(client):
 
 
 GOOD = url_of(draw())
+LARGE = url_of(Image.new("1", (9_000, 9_000)))
 HUGE = url_of(Image.new("1", (20_000, 20_000)))
 ANIMATED = url_of(draw(), "WEBP", save_all=True, append_images=[draw(1)], lossless=True)
 REFUSALS = {
@@ -179,8 +180,9 @@ REFUSALS = {
     "no base64": (GOOD[:-3] + "!!!", "base64", "invalid_value"),
     "nothing": ("data:image/png;base64,", "0 bytes", "invalid_value"),
     "no picture": ("data:image/png;base64,AAAA", "whole picture", "invalid_value"),
-    "cut": (GOOD[: len(GOOD) // 8 * 4], "whole picture", "invalid_value"),
-    "bomb": (HUGE, "20000 x 20000", "invalid_value"),
+    "cut": (GOOD[: GOOD.index(",") + 1 + 3_000], "whole picture", "invalid_value"),
+    "large": (LARGE, "9000 x 9000", "invalid_value"),
+    "bomb": (HUGE, "make the picture smaller", "invalid_value"),
     "animated": (ANIMATED, "animation", "unsupported_parameter"),
 }
 

@@ -7,7 +7,6 @@ equals, level by level, what transformers' Idefics3 and SmolVLM processors make.
 import hashlib
 import io
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,19 +198,14 @@ def read_picture(picture: Picture) -> Image.Image:
 def _opened(picture: Picture) -> Image.Image:
     """Its head is read, no pixel yet."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's own bound of pixels: ours is lower
-            image = Image.open(io.BytesIO(picture.data), formats=FORMATS)
+        image = Image.open(io.BytesIO(picture.data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise _too_large(picture, str(error)[:60]) from error
     except Exception as error:
         raise _damaged(picture, error) from error
     width, height = image.size
     if width * height > MAX_PICTURE_PX or max(width, height) > MAX_EDGE_PX:
-        raise FieldError(
-            picture.field,
-            expected=f"at most {MAX_PICTURE_PX} pixels, no edge longer than {MAX_EDGE_PX}",
-            got=f"{width} x {height}",
-            next_step="make the picture smaller: models see far fewer pixels than that",
-        )
+        raise _too_large(picture, f"{width} x {height}")
     if image.format in _ANIMATED and getattr(image, "n_frames", 1) > 1:
         raise UnsupportedFieldError(
             picture.field, why="it is an animation", next_step="send its frames as pictures"
@@ -225,6 +219,15 @@ def _orientation(picture: Picture, image: Image.Image) -> int:
         return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
     except Exception as error:
         raise _damaged(picture, error) from error
+
+
+def _too_large(picture: Picture, got: str) -> FieldError:
+    return FieldError(
+        picture.field,
+        expected=f"at most {MAX_PICTURE_PX} pixels, no edge longer than {MAX_EDGE_PX}",
+        got=got,
+        next_step="make the picture smaller: models see far fewer pixels than that",
+    )
 
 
 def _damaged(picture: Picture, error: Exception) -> FieldError:
