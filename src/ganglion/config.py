@@ -97,6 +97,7 @@ class ChatConfig:
 
     # shipped names, or folders in Hugging Face layout; with ",pinned", ",on_demand" or ",ttl_s=600"
     models: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()  # "NAME=FOLDER" in PEFT's layout; "NAME@MODEL=FOLDER" of several
     load_wait_s: float = 30.0  # that a request waits for room for its model, before it is refused
     max_tokens: int = 0  # of one request, prompt and answer; 0 = as many as the model can
     max_choices: int = 256  # under way or waiting at once; past that, requests are refused

@@ -211,7 +211,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageSpec:
-    """One language model: `max_tokens` is prompt and continuation together."""
+    """One language model: `max_tokens` is prompt and continuation together. `parent`: of an adapter, its model."""
 
     name: str
     family: str  # "llama", "qwen3_moe", ...
@@ -222,4 +222,5 @@ class LanguageSpec:
     width: int
     eos_ids: tuple[int, ...]
     dtype: str
+    parent: str = ""
     has_vision: bool = False  # does it take pictures?

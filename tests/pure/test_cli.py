@@ -25,7 +25,7 @@ FROZEN = {
         *SETTINGS,
     ],
     "serve": [
-        *("SERVED", "--flow-steps", "--dtype"),
+        *("SERVED", "--adapter", "--flow-steps", "--dtype"),
         *("--host", "--port", "--api-key-file", "--allow-host"),
         *("--deadline-ms", "--max-sessions", "--memory", "--arena-bytes"),
         *("--degree", "--context", "--warm-start", "--ladder"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ganglion.cli.adapters import adapter_folders, adapters_of
 from ganglion.config import ChatConfig
 from ganglion.errors import CheckpointError, ConfigError
 from ganglion.generation import LanguageSpec
@@ -45,9 +46,10 @@ def load_languages(
     Raises ConfigError or CheckpointError for what cannot be served, whether it is loaded now or later.
     """
     found = []
-    for text in config.models:
+    places = [(text, language_folder(read_stay(text)[0])) for text in config.models]
+    adapters = adapter_folders(config.adapters, [folder.resolve().name for _, folder in places])
+    for text, folder in places:
         name_or_path, stay = read_stay(text)
-        folder = language_folder(name_or_path)
         on_stage(
             f"{'loading' if stay.is_pinned else 'reading headers of'} {name_or_path} in {dtype}"
         )
@@ -57,8 +59,19 @@ def load_languages(
             source = InMemory(model=model, weight_bytes=weights_of(folder, dtype))
         else:
             source = FolderSource.read(folder, dtype=dtype, max_page_bytes=max_page_bytes)
+            model = _outline(folder, dtype=dtype, max_page_bytes=max_page_bytes)
         tokenizer = read_tokenizer(folder, vocab_size=source.spec.vocab_size)
-        found.append(ServedLanguage(source, tokenizer, max_tokens=config.max_tokens, stay=stay))
+        found.append(
+            ServedLanguage(
+                source,
+                tokenizer,
+                max_tokens=config.max_tokens,
+                stay=stay,
+                adapters=adapters_of(
+                    model, adapters.get(model.spec.name, {}), max_page_bytes=max_page_bytes
+                ),
+            )
+        )
     return tuple(found)
 
 

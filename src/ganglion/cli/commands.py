@@ -251,6 +251,7 @@ SERVE = Command(
         "ganglion serve policy=metaworld-ten chat=tiny-moe",
         "ganglion serve chat=models/Qwen3-0.6B --memory 8GiB",
         "ganglion serve chat=tiny-moe chat=models/Qwen3-0.6B,ttl_s=600 chat=models/OLMoE,on_demand",
+        "ganglion serve chat=models/Qwen3-0.6B --adapter sql=adapters/sql --adapter poet=adapters/poet",
         "ganglion serve policy=path/to/checkpoint --port 8001",
         "ganglion serve policy=examples/my_policy.py:MyPolicy",
         "ganglion serve --host 0.0.0.0 --api-key-file key.txt",
@@ -267,6 +268,13 @@ SERVE = Command(
                     help="policy=NAME, checkpoint folder or file.py:Class (policy.path); chat=NAME or Hugging Face "
                     "folder (chat.models), repeatable, with ,pinned (the default), ,on_demand or ,ttl_s=SECONDS. "
                     "Only what is named is served; nothing named: what the config file says, else policy=metaworld-ten",
+                ),
+                Flag(
+                    name="--adapter",
+                    path="chat.adapters",
+                    is_repeatable=True,
+                    metavar="NAME=DIR",
+                    help="LoRA folder that requests may name as a model; NAME@MODEL=DIR beside several; repeatable",
                 ),
                 FLOW_STEPS,
                 DTYPE,

@@ -133,6 +133,7 @@ class LanguageFront:
         self._waiting: dict[str, list[RequestId]] = {}  # model -> requests that wait for it
         self._watch = watch or LanguageWatch(Metrics(), clock, num_lanes=1)
         self._core, self._served, self._clock, self._post = core, dict(served), clock, post
+        self._named = {spec.name: each for each in self._served.values() for spec in each.specs}
         self._max_choices = max_choices
         self._lock = threading.Lock()
         self._num_choices = 0  # of all requests that have not ended
@@ -145,7 +146,7 @@ class LanguageFront:
 
     def language_models(self) -> tuple[LanguageSpec, ...]:
         """Those that a request may name."""
-        return tuple(served.spec for served in self._served.values())
+        return tuple(spec for served in self._served.values() for spec in served.specs)
 
     def tokenizer(self, model: str) -> TextTokenizer:
         """Of one of them."""
@@ -153,8 +154,8 @@ class LanguageFront:
 
     def residence(self, model: str) -> Residence:
         """Is it in memory?"""
-        self._find(model)
-        return PINNED if self._residents is None else self._residents.residence(model)
+        name = self._find(model).spec.name
+        return PINNED if self._residents is None else self._residents.residence(name)
 
     def generate(self, request: GenerateRequest, on_generated: OnGenerated) -> RequestId:
         """Check, count and queue one prompt. `max_tokens` becomes what the model has room for."""
@@ -164,7 +165,7 @@ class LanguageFront:
             matchers = served.matchers(request)
             self._let_in(request.num_choices)
         except GanglionError as error:
-            self._watch.refuse(request.model if request.model in self._served else UNKNOWN, error)
+            self._watch.refuse(request.model if request.model in self._named else UNKNOWN, error)
             raise
         request_id = RequestId(next(self._request_ids))
         self._post(
@@ -225,9 +226,7 @@ class LanguageFront:
         """Everything that an operator sees of language models, as of now."""
         self._watch.observe_preemptions(self._core.num_preemptions)
         layouts = {
-            layout.name: name
-            for name, served in self._served.items()
-            for layout in served.source.layouts
+            layout.name: name for name, served in self._served.items() for layout in served.layouts
         }
         return self._watch.stats(self._core.progress(), self._core.records, layouts)
 
@@ -377,9 +376,9 @@ class LanguageFront:
             self._residents.count(model, num_tokens)
 
     def _find(self, model: str) -> ServedLanguage:
-        served = self._served.get(model)
+        served = self._named.get(model)
         if served is None:
-            names = ", ".join(self._served)
+            names = ", ".join(self._named)
             raise FieldError("model", expected=f"one of {names}", got=repr(model)[:200])
         return served
 
@@ -403,7 +402,9 @@ class _Choice:
         self._ids: list[int] = []  # of text that is held back
         self._logprobs: list[TokenLogprob] = []
         self.is_over = False
-        self.num_unused = 0  # tokens that came together with the one that completed a stop string, after it
+        self.num_unused = (
+            0  # tokens that came together with the one that completed a stop string, after it
+        )
 
     def take(self, item: TokenDelta) -> TextDelta | None:
         """What of it may be shown now. A stop string ends the choice at the token that completes it."""

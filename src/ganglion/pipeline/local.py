@@ -96,7 +96,7 @@ class LocalService:
         Raises ConfigError where the budget holds not even what is pinned.
         """
         assert model is not None or languages, "nothing to serve"
-        names = [each.spec.name for each in languages]
+        names = [spec.name for each in languages for spec in each.specs]
         if len(set(names)) < len(names):
             raise ConfigError(
                 f"two language models of one name among {', '.join(names)}",
@@ -108,7 +108,7 @@ class LocalService:
         self._lanes = Lanes(engine.lanes if engine.lanes and model is not None else ((),))
         layouts = () if model is None else policy_layouts(model, memory)
         for served in languages:
-            layouts = (*layouts, *served.source.layouts)
+            layouts = (*layouts, *served.layouts)
         layout = PoolLayout(large_page_bytes=memory.large_page_bytes, layouts=layouts)
         self._residency = Residency(
             models={
@@ -399,6 +399,9 @@ class LocalService:
             self._clock,
             max_rows=chat.max_rows,
             cost=MeasuredCost(),
+            adapters={
+                name: each.adapters for name, each in served.items() if each.adapters is not None
+            },
             speculation=read_speculation(chat, languages),
         )
         residents = Residents(

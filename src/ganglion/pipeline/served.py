@@ -14,6 +14,7 @@ from ganglion.errors import FieldError, UnsupportedFieldError
 from ganglion.generation import GenerateRequest, LanguageSpec, Picture, PromptImage
 from ganglion.layout import PageLayout
 from ganglion.models.language import KvGroup, LanguageModel, StateGroup
+from ganglion.models.lora_load import AdapterSet
 from ganglion.models.vision import page_layouts
 from ganglion.pipeline.residency import Stay
 from ganglion.service import TextTokenizer
@@ -33,9 +34,7 @@ class ShowingTokenizer(TextTokenizer, Protocol):
         """Bytes of the text; none for a special token."""
         ...
 
-    def images(
-        self, prompt: Sequence[int], pictures: Sequence[Picture]
-    ) -> tuple[PromptImage, ...]:
+    def images(self, prompt: Sequence[int], pictures: Sequence[Picture]) -> tuple[PromptImage, ...]:
         """The pictures for which a prompt has room, as the model reads them; takes up to a second for each.
 
         Raises FieldError for a picture that is damaged or too many for the prompt; UnsupportedFieldError where the model is blind.
@@ -109,15 +108,19 @@ class ServedLanguage:
         *,
         max_tokens: int = 0,
         stay: Stay = PINNED,
+        adapters: AdapterSet | None = None,
     ) -> None:
-        """`model`: one in memory stays there; one that may go needs a source to come from."""
+        """`model`: one in memory stays there; one that may go needs a source to come from.
+
+        `adapters`: requests name them like models.
+        """
         self.source: LanguageSource
         if isinstance(model, LanguageModel):
             assert stay.is_pinned, "a model that may go needs a source to come from"
             self.source = InMemory(model=model)
         else:
             self.source = model
-        self.tokenizer, self.stay = tokenizer, stay
+        self.tokenizer, self.stay, self.adapters = tokenizer, stay, adapters
         most = self.source.spec.max_tokens
         self.spec: LanguageSpec = replace(
             self.source.spec, max_tokens=min(max_tokens or most, most)
@@ -125,9 +128,34 @@ class ServedLanguage:
         self._lock = threading.Lock()
         self._compiler: GrammarCompiler | None = None
 
+    @property
+    def specs(self) -> tuple[LanguageSpec, ...]:
+        """What requests may name: the model, then its adapters."""
+        adapters = {} if self.adapters is None else self.adapters.adapters
+        return (
+            self.spec,
+            *(
+                replace(
+                    self.spec,
+                    name=name,
+                    parent=self.spec.name,
+                    version=f"{self.spec.version}+{adapter.version}",
+                )
+                for name, adapter in adapters.items()
+            ),
+        )
+
+    @property
+    def layouts(self) -> tuple[PageLayout, ...]:
+        """All that the model and its adapters keep in pages."""
+        own = self.source.layouts
+        return own if self.adapters is None else (*own, self.adapters.layout)
+
     def checked(self, request: GenerateRequest) -> GenerateRequest:
         """The request, with `max_tokens` no larger than there is room for. Raises FieldError for what cannot be run."""
         spec, num_tokens = self.spec, len(request.prompt)
+        if request.model != spec.name:  # it is an adapter's
+            request = replace(request, model=spec.name, adapter=request.model)
         if not num_tokens:
             raise FieldError("prompt", expected="at least one token", got="none")
         is_generating = request.pooling is None

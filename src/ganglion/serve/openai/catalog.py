@@ -70,12 +70,13 @@ class Catalog:
 
 
 def _body(spec: LanguageSpec, residence: Residence, created_s: int) -> dict[str, Any]:
-    """A language model as OpenAI lists it; `max_model_len` as vLLM does, the rest is ours."""
+    """A language model as OpenAI lists it; `max_model_len` and `parent` as vLLM does, the rest is ours."""
     return {
         "id": spec.name,
         "object": "model",
         "created": created_s,
         "owned_by": "ganglion",
+        "parent": spec.parent or None,  # of an adapter: its model
         "kind": "language",
         "max_model_len": spec.max_tokens,
         "family": spec.family,
