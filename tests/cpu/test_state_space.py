@@ -138,7 +138,7 @@ def greedy(prompt: list[int], num_tokens: int) -> list[int]:
 def test_batch_mates_of_a_request_that_fails_do_not_advance_twice() -> None:
     stand = Stand(Recurrent(), large_page_bytes=128)  # type: ignore[arg-type]
     stand.submit(1, [3, 4, 5, 6, 7, 8], max_tokens=12)
-    for _ in range(3):
+    for _ in range(5):  # into the middle of a page
         stand.step()
     stand.submit(2, [9, BAD, 3], max_tokens=5)
     stand.submit(3, [9, 10, 3], max_tokens=12)
@@ -174,7 +174,7 @@ def test_all_groups_of_a_prefix_are_evicted_together() -> None:
     ledger.check_integrity()
     ledger.reserve("a", num_larges // 2, owner="other")
     again = new_row(pages, row.tokens)
-    assert pages.match(again) >= num_tokens // 2 - 512
+    assert pages.match(again) >= num_tokens // 2 - 256
     pages.release(again)
     ledger.check_integrity()
 
