@@ -2,7 +2,8 @@
 
 python -m tests.e2e.dashboard_camera http://127.0.0.1:8000/ --png docs/images/dashboard.png
 python -m tests.e2e.dashboard_camera http://127.0.0.1:8000/ --movie docs/images/dashboard.webp
-python -m tests.e2e.dashboard_camera --staged 4 --png /tmp/dashboard.png      (scripted arms)
+python -m tests.e2e.dashboard_camera --staged 4 --planners --png /tmp/dashboard.png      (scripted arms and planners)
+python -m tests.e2e.dashboard_camera --staged 0 --planners --png /tmp/planners.png       (no robots)
 """
 
 import argparse
@@ -45,7 +46,7 @@ def chromium() -> Iterator[Browser]:
 @contextmanager
 def look(url: str, *, width_px: int = 1440, height_px: int = 900, scale: float = 1.0,
          theme: str = "dark") -> Iterator[Page]:  # fmt: skip
-    """A page that shows at least one arm's view."""
+    """A page that shows at least one arm's view, or that of a server without arms."""
     with chromium() as browser:
         page = browser.new_page(
             viewport={"width": width_px, "height": height_px},
@@ -53,7 +54,11 @@ def look(url: str, *, width_px: int = 1440, height_px: int = 900, scale: float =
             color_scheme="light" if theme == "light" else "dark",
         )
         page.goto(url)
-        page.wait_for_selector(".arm-blank[hidden]", state="attached", timeout=30_000)
+        page.wait_for_selector(
+            '.arm-blank[hidden], [data-link="open"][data-serves="language"]',
+            state="attached",
+            timeout=30_000,
+        )
         yield page
 
 
@@ -94,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000/")
     parser.add_argument("--staged", type=int, metavar="ARMS", help="show scripted arms instead")
+    parser.add_argument("--planners", action="store_true", help="scripted language models, too")
     parser.add_argument("--png", type=Path)
     parser.add_argument("--movie", type=Path)
     parser.add_argument("--pictures", type=int, default=60)
@@ -110,7 +116,7 @@ def main() -> None:
     if args.staged is None:
         _take(args, args.url)
         return
-    with Stage(num_arms=args.staged) as stage:
+    with Stage(num_arms=args.staged, has_planners=args.planners) as stage:
         _take(args, stage.url)
 
 

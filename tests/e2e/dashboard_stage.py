@@ -19,6 +19,7 @@ from ganglion.config import ServeConfig
 from ganglion.errors import FieldError
 from ganglion.serve.app import ServerThread
 from ganglion.serve.dashboard.routes import SIDE_PATH
+from ganglion.serve.fake_language import FakeLanguageService, fake_language_spec
 from ganglion.service import OnDone
 from ganglion.spec import PolicySpec
 from ganglion.types import (
@@ -42,6 +43,7 @@ from ganglion.types import (
     StepRecord,
 )
 from ganglion.wire import decode, encode
+from tests.e2e.dashboard_planners import MODEL, PLANNER_PAGES, ScriptedPlanners
 
 HORIZON = 50
 SPEC = PolicySpec(
@@ -77,12 +79,22 @@ FORECASTS = (
     (1, 11.8, 85.0), (2, 17.9, 112.0), (3, 21.6, 139.0), (4, 24.1, 166.0), (5, 24.6, 203.0),
     (6, 25.0, 262.0),
 )  # fmt: skip
+PACE = PaceStats(
+    degree=DEGREE,
+    reason=REASON,
+    max_age_ms=250.0,
+    forecasts=tuple(
+        DegreeStats(degree=degree, rate_hz=rate_hz, latency_ms=latency_ms)
+        for degree, rate_hz, latency_ms in FORECASTS
+    ),
+)
 
 
 class ScriptedService:
     """A Service whose statistics follow the clock; it keeps the commands that it gets."""
 
-    def __init__(self, num_sessions: int) -> None:
+    def __init__(self, num_sessions: int, planners: ScriptedPlanners | None = None) -> None:
+        self._planners, self._has_policy = planners, bool(num_sessions) or planners is None
         self._clock = RealClock()
         self._start_s = self._clock.now_s()
         self._prompts: dict[SessionId, str | None] = {
@@ -123,8 +135,13 @@ class ScriptedService:
     def stats(self) -> ServiceStats:
         now_s = self._clock.now_s()
         while self._start_s + (self._num_steps + 1) * STEP_PERIOD_S < now_s:
-            self._steps.append(self._step(self._num_steps))
+            step = self._step(self._num_steps)
             self._num_steps += 1
+            if step.pieces:
+                self._steps.append(step)
+            if self._planners is not None:
+                end_s = step.start_s + step.run_us * 1e-6 if step.pieces else step.start_s
+                self._planners.turn(end_s, until_s=step.start_s + STEP_PERIOD_S)
         age_s = now_s - self._start_s
         num_chunks = int(age_s * 24)
         sessions = tuple(
@@ -156,21 +173,14 @@ class ScriptedService:
             stage="serving",
             sessions=sessions,
             pool=self._pool(num_chunks),
+            language=None if self._planners is None else self._planners.stats(),
             steps=tuple(self._steps),
             num_requests=num_chunks * len(sessions),
             num_results=num_chunks * len(sessions),
             num_errors=0,
             num_cancelled=0,
-            pace=PaceStats(
-                degree=DEGREE,
-                reason=REASON,
-                max_age_ms=250.0,
-                forecasts=tuple(
-                    DegreeStats(degree=degree, rate_hz=rate_hz, latency_ms=latency_ms)
-                    for degree, rate_hz, latency_ms in FORECASTS
-                ),
-            ),
-            rung="10 flow steps, two views",
+            pace=PACE if self._has_policy else None,
+            rung="10 flow steps, two views" if self._has_policy else None,
         )
 
     def _open(self) -> list[tuple[int, SessionId]]:
@@ -247,10 +257,14 @@ class ScriptedService:
 
     def _pool(self, num_chunks: int) -> PoolStats:
         live: list[LivePage] = []
-        num_used = dict.fromkeys(PAGES_PER_LARGE, 0)
-        num_cached = dict.fromkeys(PAGES_PER_LARGE, 0)
+        layouts = PAGES_PER_LARGE if self._has_policy else {}
+        num_used = dict.fromkeys(layouts, 0)
+        num_cached = dict.fromkeys(layouts, 0)
         next_large = 0
-        for layout, per_large in PAGES_PER_LARGE.items():
+        if self._planners is not None:
+            live, num_large = self._planners.pages(num_used, num_cached)
+            next_large += num_large
+        for layout, per_large in layouts.items():
             owners = [str(key) for _, key in self._open() for _ in range(PAGES_PER_SESSION[layout])]
             num_shared = 4 if layout == "kv" else 0
             num_old = 3 + num_chunks // 4 % 5
@@ -271,7 +285,7 @@ class ScriptedService:
             large_page_bytes=1 << 20,
             num_large_pages=128,
             num_free_large_pages=128 - next_large,
-            pages_per_large=PAGES_PER_LARGE,
+            pages_per_large=layouts if self._planners is None else layouts | PLANNER_PAGES,
             num_used_pages=num_used,
             num_cached_pages=num_cached,
             num_hits=3 * num_chunks,
@@ -401,10 +415,20 @@ def picture(at: int, age_s: float, size_px: int = 224) -> bytes:
 
 
 class Stage:
-    """Server and robots together; `with Stage(num_arms=4) as stage: stage.url`."""
+    """Server and robots together; `with Stage(num_arms=4) as stage: stage.url`.
 
-    def __init__(self, *, num_arms: int, num_sessions: int | None = None) -> None:
-        self.service = ScriptedService(num_arms if num_sessions is None else num_sessions)
+    `has_planners`: language models beside the robots; without arms and sessions: nothing but them.
+    """
+
+    def __init__(
+        self, *, num_arms: int, num_sessions: int | None = None, has_planners: bool = False
+    ) -> None:
+        num_sessions = num_arms if num_sessions is None else num_sessions
+        self.service = ScriptedService(num_sessions, ScriptedPlanners() if has_planners else None)
+        self.language = (
+            FakeLanguageService((fake_language_spec(MODEL),), step_s=0.02) if has_planners else None
+        )
+        self._is_language_only = has_planners and not num_sessions
         self.robots: list[ScriptedRobot] = []
         self._num_arms = num_arms
         self._server: ServerThread | None = None
@@ -415,6 +439,8 @@ class Stage:
         return f"http://127.0.0.1:{self.port}/"
 
     def __enter__(self) -> "Stage":
+        if self.language is not None:
+            self.language.__enter__()
         self.open_server()
         self.robots = [ScriptedRobot(at, self.port, self.service) for at in range(self._num_arms)]
         return self
@@ -423,10 +449,17 @@ class Stage:
         for robot in self.robots:
             robot.close()
         self.close_server()
+        if self.language is not None:
+            self.language.__exit__(None, None, None)
 
     def open_server(self) -> None:
         """Serve, on the port of the last time if there was one."""
-        self._server = ServerThread(self.service, config=ServeConfig(port=self.port))
+        self._server = ServerThread(
+            self.service,
+            config=ServeConfig(port=self.port),
+            language=self.language,
+            is_language_only=self._is_language_only,
+        )
         self._server.start()
         self.port = self._server.port
 

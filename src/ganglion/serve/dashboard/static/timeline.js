@@ -23,6 +23,9 @@ const PLANNER_KINDS = [
 ];
 const ALL_LANES = -1; // lanes wait for a step of a language model, whatever cores it runs on
 
+// Where there are robots it is theirs.
+const budgetOf = (steps) => (steps.findLast((step) => !step.turn) ?? steps.at(-1))?.budget_us ?? 0;
+
 // A step of a language model, as the steps of the robots' engine are drawn.
 function asStep(turn) {
   const { turn: step, model, start_s, run_us, budget_us, num_waiting, num_rows, num_prefill, num_decode } = turn;
@@ -96,7 +99,7 @@ export class Timeline {
     setLegend(this.legend, [
       ...(hasRobots || !hasPlanners ? KINDS.map((kind) => ({ colour: spanColour(kind), name: kind })) : []),
       ...(hasPlanners ? PLANNER_KINDS.map(([kind, name]) => ({ colour: spanColour(kind), name })) : []),
-      { colour: palette.warn, shape: "is-dash", name: last ? `budget ${micros(last.budget_us)}` : "budget" },
+      { colour: palette.warn, shape: "is-dash", name: last ? `budget ${micros(budgetOf(this.#steps))}` : "budget" },
       { name: hasPlanners ? (hasRobots ? "label: rows \u00d7 units, or tokens" : "label: tokens") : "label: rows \u00d7 units" },
     ]);
   }
@@ -176,7 +179,7 @@ export class Timeline {
 
   #drawBars(pen, width, height) {
     const steps = this.#steps.slice(-NUM_BARS);
-    const budgetUs = (steps.findLast((step) => !step.turn) ?? steps.at(-1))?.budget_us ?? 0;
+    const budgetUs = budgetOf(steps);
     const topUs = Math.max(budgetUs * 1.25, ...steps.map((step) => step.run_us)) || 1;
     const toHigh = (us) => (us / topUs) * (height - 3);
     const wide = (width - LABEL_PX) / NUM_BARS;
