@@ -258,6 +258,64 @@ def test_a_model_calls_by_itself_and_reads_the_result(client, language):
     assert message.tool_calls[0].id in prompt
 
 
+def test_two_calls_of_one_answer_there_and_back(client, language):
+    """Parallel calls: each with an id of its own, results in any order, whole and streamed alike."""
+    said = [
+        {"name": "move_arm", "arguments": {"arm": "left", "height_mm": 20}},
+        {"name": "stop", "arguments": {}},
+    ]
+    text = "".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>\n" for call in said)
+    fields = {"model": "echo", "messages": user("both"), "tools": [TOOL, STOP_TOOL]}
+    language.say(text, text)
+    whole = client.chat.completions.create(**fields).choices[0]
+    with client.chat.completions.stream(**fields) as stream:
+        folded = [event.type for event in stream].count("tool_calls.function.arguments.done")
+        streamed = stream.get_final_completion().choices[0]
+    for choice in (whole, streamed):
+        calls = choice.message.tool_calls
+        assert choice.finish_reason == "tool_calls"
+        assert [c.function.name for c in calls] == ["move_arm", "stop"]
+        assert [json.loads(c.function.arguments) for c in calls] == [c["arguments"] for c in said]
+        assert len({c.id for c in calls}) == 2
+    assert folded == 2
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": f"{call.function.name} done"}
+        for call in reversed(whole.message.tool_calls)
+    ]
+    language.say("Both are done.")
+    answer = client.chat.completions.create(
+        model="echo", messages=[*user("both"), whole.message, *results], tools=[TOOL, STOP_TOOL]
+    )
+    assert answer.choices[0].message.content == "Both are done."
+    prompt = language.tokenizer("echo").decode(language.received[-1].prompt)
+    assert prompt.index("<|tool|>stop done") < prompt.index("<|tool|>move_arm done")
+
+
+def test_one_call_is_left_where_calls_may_not_be_parallel(client, language):
+    call = json.dumps({"name": "stop", "arguments": {}})
+    language.say(f"<tool_call>{call}</tool_call><tool_call>{call}</tool_call>")
+    answer = client.chat.completions.create(
+        model="echo", messages=user("x"), tools=[STOP_TOOL], parallel_tool_calls=False
+    )
+    assert len(answer.choices[0].message.tool_calls) == 1
+
+
+def test_a_function_with_a_schema_of_pydantics(client, language):
+    pydantic = pytest.importorskip("pydantic")
+
+    class Move(pydantic.BaseModel):
+        arm: str
+        speed: float
+
+    tool = openai.pydantic_function_tool(Move, name="move")
+    language.say(
+        '<tool_call>{"name": "move", "arguments": {"arm": "left", "speed": 0.5}}</tool_call>'
+    )
+    answer = client.chat.completions.parse(model="echo", messages=user("x"), tools=[tool])
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.parsed_arguments == Move(arm="left", speed=0.5)
+
+
 def test_a_format_beside_tools_gives_either(client, language):
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
@@ -348,6 +406,41 @@ def test_a_prompt_that_does_not_fit(client):
     with pytest.raises(openai.BadRequestError, match="maximum context length is 64") as caught:
         client.chat.completions.create(model="org/tiny", messages=user("x" * 80))
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_refusals_have_the_shape_that_the_service_documents(client):
+    """Fields, types and statuses as platform.openai.com has them; the classes are those of the package."""
+    cases = [
+        ({"temperature": 3}, openai.BadRequestError, "temperature"),
+        ({"messages": []}, openai.BadRequestError, "messages"),
+        ({"model": "gpt-7"}, openai.NotFoundError, "model"),
+        ({"max_completion_tokens": 10**6}, openai.BadRequestError, "messages"),
+        ({"store": True}, openai.BadRequestError, "store"),
+    ]
+    for fields, kind, param in cases:
+        with pytest.raises(kind) as caught:
+            client.chat.completions.create(**({"model": "echo", "messages": user("x")} | fields))
+        error = caught.value
+        assert error.body.keys() == {"message", "type", "param", "code"}
+        assert (error.type, error.param) == ("invalid_request_error", param)
+        assert error.response.headers["content-type"] == "application/json"
+        assert error.request_id
+
+
+def test_the_usage_of_a_stream_comes_once_and_last(client):
+    chunks = list(
+        client.chat.completions.create(
+            model="echo",
+            messages=user("abc"),
+            stream=True,
+            n=2,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert chunks[-1].usage.completion_tokens == len("abc") + len("abc (1)")
+    plain = list(client.chat.completions.create(model="echo", messages=user("abc"), stream=True))
+    assert all(chunk.usage is None and chunk.choices for chunk in plain)
 
 
 def test_errors_of_the_service_have_statuses(client, language):
