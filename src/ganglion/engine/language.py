@@ -325,7 +325,7 @@ class LanguageEngine:
             return True
 
     def _encode(self, host: LanguageHost, budget_us: int) -> bool:
-        """Advance a picture for about `budget_us`, at least through one layer of the tower; False: none is to be encoded."""
+        """Advance a picture for about `budget_us`, at least through one unit of the tower; False: none is to be encoded."""
         encoding = self._batches.begin_encoding(host)
         if encoding is None or host.images is None:
             return False
@@ -335,12 +335,12 @@ class LanguageEngine:
         now_s = start_s
         try:
             while images.encoding is encoding:
-                layer_us = host.estimate_us(ENCODE, 1)
+                unit_us = host.estimate_us(ENCODE, 1)
                 left_us = budget_us - (now_s - start_s) * 1e6
-                if now_s > start_s and left_us < layer_us:
+                if now_s > start_s and left_us < unit_us:
                     break
-                num_layers = max(1, int(left_us / layer_us)) if layer_us else 1
-                num_run = images.advance(encoding, num_layers)
+                num_units = max(1, int(left_us / unit_us)) if unit_us else 1
+                num_run = images.advance(encoding, num_units)
                 began_s, now_s = now_s, self._clock.now_s()
                 host.observe(ENCODE, 1, num_run, (now_s - began_s) * 1e6)
         except GanglionError as error:
