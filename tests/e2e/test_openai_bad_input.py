@@ -198,7 +198,9 @@ def test_a_field_that_does_not_fit_is_named(server, language, fields, param):
         ({"use_beam_search": True}, "use_beam_search"),
         ({"guided_json": {"type": "object"}}, "guided_json"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x.org/y.png"}}]}]}, "messages[0].content[0].image_url.url"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}]}]}, "messages[0].content[0].image_url.url"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, "messages[0].content[0].type"),
         ({"tools": [TOOL], "structured_outputs": {"regex": "a+"}}, "structured_outputs"),
     ],
 )  # fmt: skip
@@ -489,3 +491,24 @@ def test_tokens_there_and_back(server):
     assert back == {"prompt": "hé"}
     _, _, chatted = post(server, "/tokenize", chat("hi"))
     assert chatted["count"] == len("<|user|>hi\n<|assistant|>") + 1
+
+
+def test_a_body_that_comes_by_drops_has_an_end(server, monkeypatch):
+    monkeypatch.setattr(endpoint, "BODY_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(endpoint, "BODY_S", 1.0)
+    for pause_s, words in (
+        (0.05, b"no whole body for 1 s"),
+        (5.0, b"no part of the body for 0.4 s"),
+    ):
+        raw = socket.create_connection(("127.0.0.1", server.port), timeout=pause_s)
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\n")
+        raw.sendall(b"host: 127.0.0.1\r\ncontent-length: 9999\r\n\r\n{")
+        data = b""
+        while b"\r\n\r\n" not in data or not data.endswith(b"}}"):
+            try:
+                data += raw.recv(4_096)
+            except TimeoutError:
+                raw.sendall(b" ")
+        raw.close()
+        assert data.startswith(b"HTTP/1.1 408")
+        assert words in data

@@ -35,6 +35,7 @@ from ganglion.units import KIB
 logger = logging.getLogger(__name__)
 
 BODY_TIMEOUT_S = 10.0  # between two parts of a body
+BODY_S = 60.0  # for all of it: a client that sends a byte now and then holds a connection no longer
 FIRST_ITEM_S = 1.0  # an error before that has a status of its own; then the stream begins
 PING_S = 15.0  # without an item: proxies close streams that stay silent
 PING = b": waiting\n\n"
@@ -271,13 +272,17 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     if length.isdigit() and (len(length) > 18 or int(length) > max_bytes):
         raise too_large
     parts, num_bytes, has_more = [], 0, True
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + BODY_S
     while has_more:
+        left_s = end_s - loop.time()
         try:
-            message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
+            message = await asyncio.wait_for(receive(), min(BODY_TIMEOUT_S, left_s))
         except TimeoutError:
-            raise ApiError(
-                408, f"no part of the body for {BODY_TIMEOUT_S:g} s", code="timeout"
-            ) from None
+            late = "no part of the body", BODY_TIMEOUT_S
+            if left_s <= BODY_TIMEOUT_S:
+                late = "no whole body", BODY_S
+            raise ApiError(408, f"{late[0]} for {late[1]:g} s", code="timeout") from None
         if message["type"] == "http.disconnect":
             raise ApiError(400, "the client left before its body was whole", code="incomplete")
         parts.append(message.get("body", b""))
