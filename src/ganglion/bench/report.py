@@ -28,6 +28,7 @@ BENCHES: dict[str, str] = {
     "concurrency": "ganglion.bench.concurrency:run",
     "layered": "ganglion.bench.layered:run",
     "mixed": "ganglion.bench.mixed:run",
+    "speculate": "ganglion.bench.speculate:run",
 }
 TITLES: dict[str, str] = {
     "control": "Four simulated arms, closed loop in real time",
@@ -49,6 +50,7 @@ TITLES: dict[str, str] = {
     "concurrency": "Sequences under way at equal bytes",
     "layered": "Long prompts cut by layers, against cut by tokens",
     "mixed": "Robots beside a stream of long prompts",
+    "speculate": "Tokens drafted ahead, against plain decoding",
 }
 
 
