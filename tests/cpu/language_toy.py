@@ -175,6 +175,7 @@ class Stand:
         tenant: str = "",
         num_prompt_logprobs: int | None = None,
         model: str = "toy",
+        speculate: str | None = None,
         **sampling: object,
     ) -> None:
         values = {"temperature": 0.0, "is_eos_ignored": True, "max_tokens": max_tokens} | sampling
@@ -185,6 +186,7 @@ class Stand:
             num_choices=num_choices,
             tenant=tenant,
             num_prompt_logprobs=num_prompt_logprobs,
+            speculate=speculate,
         )
         self.engine.submit(RequestId(request_id), request)
 

@@ -22,7 +22,7 @@ from ganglion.generation import GenerateRequest
 from ganglion.memory.arena import Arena
 from ganglion.memory.orders import Moves
 from ganglion.models.language import can_rewind
-from ganglion.models.speculate import Acceptance, NgramIndex, Pace
+from ganglion.models.speculate import Acceptance, NgramIndex, Pace, Trials
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ class Drafter:
         self._cycles: dict[str, _Cycle] = {}  # by target
         self._runs: dict[tuple[str, str], DraftRun] = {}  # (target, drafting model)
         self._paces: dict[tuple[str, str], Pace] = {}
+        self._trials: dict[tuple[str, str], Trials] = {}  # ahead, or when the target is done
         self._shares: dict[tuple[str, str], float] = {}  # acceptance that new choices start with
         self._catch_up_us: dict[str, float] = {}  # per token, by drafting model
         self._ahead = _Ahead(speculation.num_threads)
@@ -152,7 +153,8 @@ class Drafter:
             return OFF
         if source == NGRAM:
             return NGRAM
-        is_told = self._can_draft(source, request) and not request.pictures
+        has_pictures = bool(request.pictures or request.images)
+        is_told = self._can_draft(source, request) and not has_pictures
         return source if is_told else OFF
 
     # --- one step ------------------------------------------------------------------------------------------------
@@ -297,6 +299,8 @@ class Drafter:
         if not self._settings.is_ahead or cycle is None or cycle.run is None or not cycle.drafts:
             return
         run = cycle.run
+        if self._settings.is_paced and not self._trial(host, cycle).is_first:
+            return
         for row, length in cycle.num_wanted.items():
             line = run.lines.get(row)
             if line is None or not line.is_done:
@@ -309,6 +313,9 @@ class Drafter:
                     continue
         if not run.is_done:
             self._ahead.start(run)
+
+    def _trial(self, host: LanguageHost, cycle: _Cycle) -> Trials:
+        return self._trials.setdefault((host.name, cycle.source), Trials())
 
     def pause(self) -> None:
         """Nothing is drafted until it is asked for again; pages and lines may be touched."""
@@ -351,16 +358,18 @@ class Drafter:
         if not cycle.is_committed:
             return
         del self._cycles[host.name]
-        if cycle.num_rows and cycle.num_taken >= cycle.num_rows:
-            is_plain = not cycle.num_drafted
-            if cycle.is_typical or not is_plain:
-                self._paces[host.name, cycle.source].observe(
-                    num_rows=cycle.num_rows,
-                    num_drafted=cycle.num_drafted,
-                    num_taken=cycle.num_taken,
-                    spent_us=cycle.spent_us,
-                    is_typical=cycle.is_typical,
-                )
+        if self._settings.is_ahead and cycle.num_drafted and cycle.run is not None:
+            self._trial(host, cycle).observe(num_taken=cycle.num_taken, spent_us=cycle.spent_us)
+        pace = self._paces.get((host.name, cycle.source))
+        is_told = cycle.is_typical or cycle.num_drafted > 0
+        if pace is not None and is_told and cycle.num_taken >= cycle.num_rows > 0:
+            pace.observe(
+                num_rows=cycle.num_rows,
+                num_drafted=cycle.num_drafted,
+                num_taken=cycle.num_taken,
+                spent_us=cycle.spent_us,
+                is_typical=cycle.is_typical,
+            )
 
     # --- rows and pages ------------------------------------------------------------------------------------------
 
@@ -409,6 +418,7 @@ class Drafter:
         self._cycles.pop(name, None)
         for key in [key for key in self._paces if name in key]:
             del self._paces[key]
+            self._trials.pop(key, None)
 
     def fail(self, host: LanguageHost) -> None:
         """The model that drafts for this one failed: its rows go on without."""

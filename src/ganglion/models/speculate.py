@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 MAX_SHARE = 0.99  # nothing holds for sure
+TRIAL_STEPS = (
+    8  # that one of two ways is kept for, so that its effects on the next step are its own
+)
+TRIALS_PER_OTHER = 8  # one block of steps in so many goes the way that was slower
 REFRESH_STEPS = 32  # one step in so many is plain, so that it is known what those cost
 START_STEPS = 2.0  # plain ones that may be lost before anything is known
 OPTIMISM = 0.15  # by which shares may be better than what was seen lately, while the purse is full
@@ -233,3 +237,32 @@ class Pace:
             return (0,) * len(shares)
         self._next_probe += 1
         return tuple(length if at == row else 0 for at in range(len(shares)))
+
+
+class Trials:
+    """Which of two ways of drafting makes more tokens per time: mostly that one, now and then the other."""
+
+    def __init__(self, *, smoothing: float = 0.3) -> None:
+        self._smoothing = smoothing
+        self._rates: dict[bool, float] = {}
+        self._num_blocks, self._num_steps = 0, 0
+        self._num_taken, self._spent_us = 0, 0.0
+        self.is_first = True
+
+    def observe(self, *, num_taken: int, spent_us: float) -> None:
+        """A step went the way that `is_first` says."""
+        self._num_taken, self._spent_us = self._num_taken + num_taken, self._spent_us + spent_us
+        self._num_steps += 1
+        if self._num_steps < TRIAL_STEPS:
+            return
+        rate = self._num_taken / max(self._spent_us, 1e-9)
+        known = self._rates.get(self.is_first, rate)
+        self._rates[self.is_first] = known + self._smoothing * (rate - known)
+        self._num_blocks, self._num_steps = self._num_blocks + 1, 0
+        self._num_taken, self._spent_us = 0, 0.0
+        if len(self._rates) < 2:
+            self.is_first = not self.is_first
+        else:
+            is_first_better = self._rates[True] >= self._rates[False]
+            is_other = self._num_blocks % TRIALS_PER_OTHER == 0
+            self.is_first = is_first_better != is_other
