@@ -165,7 +165,7 @@ def test_pixels_prompt_features_and_logits_are_those_of_transformers(stages, kin
         pixels = torch.from_numpy(np.concatenate([image.pixels for image in request.images]))
         assert torch.equal(tower.normalised(pixels), inputs["pixel_values"][0])
         with torch.inference_mode():
-            ours = tower.features(tower.run(tower.embed(pixels), range(tower.num_layers)))
+            ours = tower.encode(pixels)
             found = decoder.model.get_image_features(inputs["pixel_values"], return_dict=True)
         theirs = torch.cat(list(found.pooler_output))
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
@@ -243,7 +243,7 @@ def test_a_step_encodes_no_more_than_its_budget(stages):
         assert stage.engine.step(1)
         num_steps += 1
     num_tiles = len(stage.request((ONE, "what?")).images[0].places)
-    assert num_steps == num_tiles * stage.model.encoder.num_layers
+    assert num_steps == num_tiles * stage.model.encoder.num_units
     stage.finish()
 
 

@@ -1,7 +1,7 @@
 """Pictures of one model's rows: features found in pages or made there, and put where a prompt has room for them.
 
 Part of a LanguageHost whose model sees; called by `engine.language` and `language_batch`. Encoding is work of the step like
-a prompt: cut per tile of a picture and between layers. Knows neither requests' order nor time.
+a prompt: cut per tile of a picture and within layers. Knows neither requests' order nor time.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
 from ganglion.memory.orders import Moves
 from ganglion.memory.prefix import PageKey, page_keys
-from ganglion.models.vision import ImageEncoder
+from ganglion.models.vision import ImageEncoder, TileState
 from ganglion.types import PageId
 
 
@@ -33,13 +33,13 @@ class ImageTable:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Encoding:
-    """One picture on its way through the tower: tiles [0, tile) are done, and layers [0, next_layer) of the next one."""
+    """One picture on its way through the tower: tiles [0, tile) are done, and units [0, next_unit) of the next one."""
 
     row: LanguageRow
     table: ImageTable
     tile: int = 0
-    next_layer: int = 0
-    hidden: Tensor | None = None
+    next_unit: int = 0
+    state: TileState | None = None
 
     @property
     def is_done(self) -> bool:
@@ -61,11 +61,6 @@ class LanguageImages:
         self.encoding: Encoding | None = None
         self.num_encoded = self.num_found = 0  # pictures, for whoever counts
         self.is_turn_taken = False  # the last step encoded: whoever decodes is next
-
-    @property
-    def num_layers(self) -> int:
-        """Of the tower."""
-        return self._encoder.num_layers
 
     # --- rows ----------------------------------------------------------------------------------------------------
 
@@ -131,31 +126,29 @@ class LanguageImages:
             return self.encoding
         return None
 
-    def advance(self, encoding: Encoding, num_layers: int) -> int:
-        """Through so many layers of the tower at most, to the end of a tile at most; returns how many."""
+    def advance(self, encoding: Encoding, num_units: int) -> int:
+        """Through so many units of the tower at most, to the end of a tile at most; returns how many."""
         image, encoder = encoding.table.image, self._encoder
-        if encoding.hidden is None:
+        if encoding.state is None:
             tile = torch.from_numpy(image.pixels[encoding.tile : encoding.tile + 1].copy())
-            encoding.hidden = encoder.embed(tile.to(self._arena.device))
-        layers = range(
-            encoding.next_layer, min(encoding.next_layer + num_layers, encoder.num_layers)
-        )
-        encoding.hidden = encoder.run(encoding.hidden, layers)
-        encoding.next_layer = layers.stop
-        if layers.stop < encoder.num_layers:
-            return len(layers)
+            encoding.state = encoder.begin(tile.to(self._arena.device))
+        units = range(encoding.next_unit, min(encoding.next_unit + num_units, encoder.num_units))
+        encoder.run(encoding.state, units)
+        encoding.next_unit = units.stop
+        if units.stop < encoder.num_units:
+            return len(units)
         first = sum(len(place) for place in image.places[: encoding.tile])
         rows = range(first, first + len(image.places[encoding.tile]))
-        features = encoder.features(encoding.hidden)
+        features = encoder.features(encoding.state)
         assert len(features) == len(rows), (len(features), rows)
         self._arena.pages(self._layout.name)[self._places(encoding.table, rows)] = features
-        encoding.tile, encoding.next_layer, encoding.hidden = encoding.tile + 1, 0, None
+        encoding.tile, encoding.next_unit, encoding.state = encoding.tile + 1, 0, None
         if encoding.is_done:
             self._ledger.commit(self._layout.name, encoding.table.pages, encoding.table.keys)
             encoding.table.is_ready = True
             self.num_encoded += 1
             self.encoding = None
-        return len(layers)
+        return len(units)
 
     def fill(self, strand: Strand) -> None:
         """Features instead of what stands for pictures in the hidden states of parts that start out."""

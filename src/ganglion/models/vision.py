@@ -1,9 +1,10 @@
 """Vision: the ImageEncoder seam, and a decoder with an encoder as one LanguageModel.
 
-Driven by the engine: pieces of encoding like pieces of a prompt, cut per tile of a picture and between layers. Knows
+Driven by the engine: pieces of encoding like pieces of a prompt, cut per tile of a picture and within layers. Knows
 tensors; no page ids, no requests, no picture files. Dimension names: tile, patch, token, width, high, wide (pixels).
 """
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int, UInt8
@@ -12,6 +13,14 @@ from torch import Tensor
 from ganglion.generation import LanguageSpec
 from ganglion.layout import PageLayout
 from ganglion.models.language import KvGroup, KvSpace, LanguageModel, StateGroup
+
+
+@dataclass(slots=True, kw_only=True)
+class TileState:
+    """Tiles on their way through a tower; what is in it is the tower's business."""
+
+    hidden: Float[Tensor, "tile patch width"]
+    rows: Float[Tensor, "tile patch qkv"]  # queries, keys and values of the layer under way
 
 
 @runtime_checkable
@@ -24,24 +33,20 @@ class ImageEncoder(Protocol):
         ...
 
     @property
-    def num_layers(self) -> int:
-        """Encoding may be cut between any two."""
+    def num_units(self) -> int:
+        """Encoding may be cut between any two; they take about as long as each other."""
         ...
 
-    def embed(self, pixels: UInt8[Tensor, "tile high wide 3"]) -> Float[Tensor, "tile patch width"]:
-        """The hidden states that go into layer 0."""
+    def begin(self, pixels: UInt8[Tensor, "tile high wide 3"]) -> TileState:
+        """What goes into unit 0."""
         ...
 
-    def run(
-        self, hidden: Float[Tensor, "tile patch width"], layers: range
-    ) -> Float[Tensor, "tile patch width"]:
-        """Through these layers."""
+    def run(self, state: TileState, units: range) -> None:
+        """Advance the state through these units, the next ones."""
         ...
 
-    def features(
-        self, hidden: Float[Tensor, "tile patch width"]
-    ) -> Float[Tensor, "token out_width"]:
-        """What stands in the prompt's place for the tiles, of hidden states that went through all layers."""
+    def features(self, state: TileState) -> Float[Tensor, "token out_width"]:
+        """What stands in the prompt's place for the tiles, of a state that went through all units."""
         ...
 
 

@@ -4,6 +4,8 @@ Made and filled by `vision_load`, driven by the engine as an ImageEncoder. Knows
 names: tile, patch, token, width, high, wide (pixels), head, dim.
 """
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
@@ -13,9 +15,13 @@ from ganglion.layout import PageKind, PageLayout
 from ganglion.models.layers import Linear, attend
 from ganglion.models.moe_spec import Activation
 from ganglion.models.packing import pack
+from ganglion.models.vision import TileState
 from ganglion.models.vision_spec import VisionSpec
 
 _MAX_SLOTS = 16
+# Of one unit of work. Whole layers of 1,024 patches would be a seventh faster, and robots would wait for one six times
+# as long.
+_PROJECTED_PATCHES, _ATTENDED_PATCHES = 512, 128
 
 
 class TowerLayer(nn.Module):
@@ -33,9 +39,20 @@ class TowerLayer(nn.Module):
         self.mlp_in = Linear(spec.width, spec.mlp_width, dtype=dtype)
         self.mlp_out = Linear(spec.mlp_width, spec.width, dtype=dtype)
 
-    def forward(self, x: Float[Tensor, "tile patch width"]) -> Float[Tensor, "tile patch width"]:
+    def project(self, x: Float[Tensor, "tile patch width"]) -> Float[Tensor, "tile patch qkv"]:
+        """Query, key and value of these patches."""
         rows: Tensor = self.qkv(self.attention_norm(x))
-        query, key, value = rows.view(*x.shape[:2], 3, self._num_heads, -1).unbind(2)
+        return rows
+
+    def finish(
+        self,
+        x: Float[Tensor, "tile part width"],
+        rows: Float[Tensor, "tile patch qkv"],
+        part: slice,
+    ) -> Float[Tensor, "tile part width"]:
+        """The layer's output for the patches `part` of each tile, which are `x`, of what all patches project to."""
+        by_head = rows.view(*rows.shape[:2], 3, self._num_heads, -1)
+        query, key, value = by_head[:, part, 0], by_head[:, :, 1], by_head[:, :, 2]
         x = self.out.forward_onto(attend(query, key, value), x)
         hidden = self.mlp_in(self.mlp_norm(x))
         if self._is_silu:
@@ -63,6 +80,11 @@ class VisionTower(nn.Module):
     ) -> None:
         super().__init__()
         self._spec, self._side = spec, tile_px // spec.patch_px
+        num_patches = self._side**2
+        self._parts = tuple(
+            [(True, part) for part in _parts(num_patches, _PROJECTED_PATCHES)]
+            + [(False, part) for part in _parts(num_patches, _ATTENDED_PATCHES)]
+        )
         self._layout = feature_layout(
             spec,
             name=name,
@@ -85,22 +107,24 @@ class VisionTower(nn.Module):
         return self._layout
 
     @property
-    def num_layers(self) -> int:
-        """As ImageEncoder.num_layers."""
-        return self._spec.num_layers
+    def num_units(self) -> int:
+        """As ImageEncoder.num_units."""
+        return self._spec.num_layers * len(self._parts)
 
     def pack(self) -> None:
         """Lay out the weights for this CPU, where that pays. Not to be saved or trained then."""
         pack(self)
 
-    def embed(self, pixels: UInt8[Tensor, "tile high wide 3"]) -> Float[Tensor, "tile patch width"]:
-        """As ImageEncoder.embed; tiles are squares of `tile_px`."""
+    def begin(self, pixels: UInt8[Tensor, "tile high wide 3"]) -> TileState:
+        """As ImageEncoder.begin; tiles are squares of `tile_px`."""
         values = self.normalised(pixels)
         side, patch_px = self._side, self._spec.patch_px
         by_patch = values.view(-1, 3, side, patch_px, side, patch_px).permute(0, 2, 4, 1, 3, 5)
         flat = by_patch.reshape(-1, side * side, self._spec.patch_values)
         hidden: Tensor = self.patches(flat.to(self.positions.dtype))
-        return hidden + self.positions[self._positions]
+        hidden = hidden + self.positions[self._positions]
+        rows = hidden.new_empty((*hidden.shape[:2], 3 * self._spec.width))
+        return TileState(hidden=hidden, rows=rows)
 
     def normalised(
         self, pixels: UInt8[Tensor, "tile high wide 3"]
@@ -110,24 +134,38 @@ class VisionTower(nn.Module):
         values = torch.gather(self._levels, 1, planes)
         return values.view(3, *pixels.shape[:3]).transpose(0, 1).contiguous()
 
-    def run(
-        self, hidden: Float[Tensor, "tile patch width"], layers: range
-    ) -> Float[Tensor, "tile patch width"]:
-        """As ImageEncoder.run."""
-        for layer in layers:
-            hidden = self.layers[layer](hidden)
-        return hidden
+    def run(self, state: TileState, units: range) -> None:
+        """As ImageEncoder.run: per layer, all patches are projected, part by part, then attend and go on."""
+        for unit in units:
+            at, within = divmod(unit, len(self._parts))
+            layer, (is_projected, part) = self.layers[at], self._parts[within]
+            assert isinstance(layer, TowerLayer)
+            if is_projected:
+                state.rows[:, part] = layer.project(state.hidden[:, part])
+            else:
+                state.hidden[:, part] = layer.finish(state.hidden[:, part], state.rows, part)
 
-    def features(
-        self, hidden: Float[Tensor, "tile patch width"]
-    ) -> Float[Tensor, "token out_width"]:
+    def encode(self, pixels: UInt8[Tensor, "tile high wide 3"]) -> Float[Tensor, "token out_width"]:
+        """Features of tiles, in one go."""
+        state = self.begin(pixels)
+        self.run(state, range(self.num_units))
+        return self.features(state)
+
+    def features(self, state: TileState) -> Float[Tensor, "token out_width"]:
         """As ImageEncoder.features."""
         shuffle, width = self._spec.shuffle, self._spec.width
         side = self._side // shuffle
-        by_square = self.norm(hidden).view(-1, side, shuffle, side, shuffle, width)
+        by_square = self.norm(state.hidden).view(-1, side, shuffle, side, shuffle, width)
         flat = by_square.transpose(2, 3).reshape(-1, shuffle**2 * width)
         out: Tensor = self.connector(flat)
         return out
+
+
+def _parts(num_patches: int, most: int) -> list[slice]:
+    """Of even sizes, none with more than `most` patches."""
+    count = -(-num_patches // most)
+    bounds = [num_patches * at // count for at in range(count + 1)]
+    return [slice(low, high) for low, high in pairwise(bounds)]
 
 
 def num_tile_tokens(spec: VisionSpec, tile_px: int) -> int:
