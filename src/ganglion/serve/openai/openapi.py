@@ -217,6 +217,7 @@ ITEM = _either(
     ),
     _object(("type",), type=_words("reasoning")),
 )  # fmt: skip
+EVENT = _object(("data",), data=TEXT, event=TEXT)
 USAGE = _object(
     ("prompt_tokens", "completion_tokens", "total_tokens"),
     prompt_tokens={"type": "integer"}, completion_tokens={"type": "integer"}, total_tokens={"type": "integer"},
@@ -387,7 +388,7 @@ def openapi_body() -> dict[str, Any]:
 def _post(summary: str, name: str, *, is_streamed: bool = False) -> Schema:
     content: Schema = _json(_ref(f"{name}Answer"))
     if is_streamed:
-        content["text/event-stream"] = {"schema": TEXT}
+        content["text/event-stream"] = {"schema": EVENT}  # of each event
     body = {"required": True, "content": _json(_ref(f"{name}Request"))}
     return {"post": _operation(summary, content) | {"requestBody": body}}
 
