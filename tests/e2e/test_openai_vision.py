@@ -221,6 +221,11 @@ def test_a_model_that_reads_text_says_so(client):
     assert caught.value.code == "unsupported_parameter"
 
 
+def test_models_say_what_they_take(client):
+    taken = {model.id: model.input_modalities for model in client.models.list()}
+    assert taken == {SEEING: ["text", "image"], BLIND: ["text"]}
+
+
 def test_tokens_are_counted_without_an_answer(client, address, truth):
     body = {"model": SEEING, "messages": user(picture(GOOD), text("?"))}
     request = urllib.request.Request(
