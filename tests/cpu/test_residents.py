@@ -1,6 +1,7 @@
 """Models that come and go in one service: loaded when asked for, swapped by value, beside robots that notice nothing."""
 
 import gc
+import itertools
 import queue
 import shutil
 import threading
@@ -101,12 +102,13 @@ def serving(
     load_wait_s: float = TIMEOUT_S,
     policy: Toy | None = None,
     max_choices: int = 16,
+    deadline_ms: float = 250.0,
 ) -> Iterator[LocalService]:
     """A service whose budget holds so many of the models beside a quarter of the arena."""
     weight_bytes = max(source.weight_bytes for source in sources.values())
     with LocalService(
         policy,
-        engine=EngineConfig(language_threads=1),
+        engine=EngineConfig(language_threads=1, deadline_ms=deadline_ms),
         memory=MemoryConfig(
             arena_bytes=ARENA,
             large_page_bytes=PAGE,
@@ -272,29 +274,32 @@ def test_what_can_never_fit_is_refused_at_the_start(folders: dict[str, Path]) ->
         pass
 
 
-def test_robots_miss_nothing_while_a_model_is_loaded(
+def test_robots_miss_nothing_while_models_are_loaded(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     root = tmp_path_factory.mktemp("large")
     sources = {name: Gated(write_llama(root / name, width=256, num_layers=12)) for name in "ab"}
     outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-    pause = threading.Event()
-    with serving(sources, num_models=1, policy=Toy()) as service:
-        num_misses, num_chunks = 0, 0
-        seq = 0
-        for name in "abab":
+    seqs = itertools.count(1)
+
+    def drive(service: LocalService) -> None:
+        service.submit(observation("arm", next(seqs)), outcomes.put)
+        outcome = outcomes.get(timeout=TIMEOUT_S)
+        assert isinstance(outcome, ActionChunk), outcome
+        assert outcome.is_deadline_met
+
+    # so long, since the machine may be busy with other things: a load that robots wait for takes longer
+    with serving(sources, num_models=1, policy=Toy(), deadline_ms=1000.0) as service:
+        sources["a"].is_open.clear()
+        heard = ask(service, "a", num_tokens=2)
+        assert sources["a"].begun.wait(TIMEOUT_S)
+        for _ in range(50):
+            drive(service)
+        assert state(service, "a") is ModelState.LOADING
+        sources["a"].is_open.set()
+        for name in "baba":
+            while not heard.items or not isinstance(heard.items[-1], Usage):
+                drive(service)
             heard = ask(service, name, num_tokens=2)
-            while not any(isinstance(item, Usage) for item in heard.items):
-                seq += 1
-                service.submit(observation("arm", seq), outcomes.put)
-                outcome = outcomes.get(timeout=TIMEOUT_S)
-                assert isinstance(outcome, ActionChunk), outcome
-                num_chunks += 1
-                num_misses += not outcome.is_deadline_met
-                pause.wait(0.005)
-            heard.ids()
-        assert num_chunks > 8
-        assert (
-            num_misses <= 0.02 * num_chunks
-        )  # of 250 ms: the machine may be busy with other things
-        assert [len(source.models) for source in sources.values()] == [2, 2]
+        heard.ids()
+        assert [len(source.models) for source in sources.values()] == [3, 2]

@@ -3,6 +3,7 @@
 Called by serve and demo.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def serving(config: Config, *, on_stage: Callable[[str], None]) -> Iterator[Serv
     ) as edge:
         on_stage("calibrating: measuring what each batch size costs here")
         service.start()
+        gc.collect()
+        gc.freeze()  # else all that was imported is walked through now and then, while robots wait
         try:
             yield Served(service=service, edge=edge, clock=clock)
         finally:

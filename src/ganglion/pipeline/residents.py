@@ -4,11 +4,8 @@ Owned by LanguageFront, on the engine's thread: it decides there, with `Residenc
 step by step. Weights are read on a thread of its own. Knows neither requests nor text.
 """
 
-import ctypes
-import gc
 import logging
 import os
-import platform
 import threading
 from collections.abc import Callable, Collection, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +19,7 @@ from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
 from ganglion.metrics import Metrics
 from ganglion.models.language import LanguageModel
+from ganglion.models.weights import give_back_freed
 from ganglion.pipeline.residency import Residency
 from ganglion.pipeline.served import LanguageSource
 from ganglion.service import ModelState, Residence
@@ -343,13 +341,9 @@ class Residents:
 
 
 def _drop(models: list[LanguageModel]) -> None:
-    """Weights are large blocks; what the allocator kept of the smaller ones goes back to the system, too."""
+    """Weights are large blocks; what the allocator kept of the smaller ones goes back to the system, too.
+
+    No garbage is collected here: that holds up every thread, for a second where much was imported.
+    """
     models.clear()
-    gc.collect()
-    trim_memory()
-
-
-def trim_memory() -> None:
-    """Let the C library give free memory back to the system, where it can."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed()
