@@ -125,6 +125,14 @@ COUNTERS: dict[str, MetricSpec] = {
         name="ganglion_language_preemptions_total",
         doc="Times that a request gave its pages back before its end and waited again.",
     ),
+    "language_drafted_tokens": MetricSpec(
+        name="ganglion_language_drafted_tokens_total",
+        doc="Tokens that were drafted ahead and checked.",
+    ),
+    "language_held_tokens": MetricSpec(
+        name="ganglion_language_held_tokens_total",
+        doc="Those of them that held: the model would have drawn them, too.",
+    ),
     "language_held_back": MetricSpec(
         name="ganglion_language_held_back_total",
         doc="Engine rounds in which a language model had work and robots needed the time.",
@@ -372,6 +380,8 @@ class Metrics:
         self.language_cached_tokens = CounterMetric(COUNTERS["language_cached_tokens"], reg)
         self.language_new_tokens = CounterMetric(COUNTERS["language_new_tokens"], reg)
         self.language_preemptions = CounterMetric(COUNTERS["language_preemptions"], reg)
+        self.language_drafted_tokens = CounterMetric(COUNTERS["language_drafted_tokens"], reg)
+        self.language_held_tokens = CounterMetric(COUNTERS["language_held_tokens"], reg)
         self.language_held_back = CounterMetric(COUNTERS["language_held_back"], reg)
         self.model_loads = CounterMetric(COUNTERS["model_loads"], reg)
         self.model_unloads = CounterMetric(COUNTERS["model_unloads"], reg)

@@ -359,6 +359,8 @@ class LanguageStats:
     num_cached_tokens: int
     num_new_tokens: int
     num_preemptions: int
+    num_drafted_tokens: int
+    num_held_tokens: int  # of the drafted ones: those that the model would have drawn, too
     first_token_p50_ms: float | None  # of late; None: there was none
     steps: tuple[LanguageStepRecord, ...]  # newest last, bounded
     layouts: Mapping[str, str]  # page layout of a language model -> the model

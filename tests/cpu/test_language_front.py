@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from ganglion.clock import SimulatedClock
 from ganglion.config import ChatConfig, EngineConfig, MemoryConfig
+from ganglion.engine.drafter import DraftCounts
 from ganglion.engine.language import Ended
 from ganglion.engine.language_record import Progress
 from ganglion.errors import CancelledError, ConfigError, FieldError, GanglionError, OverloadedError
@@ -237,6 +239,7 @@ class Script:
         self.items: list[TokenDelta | Ended] = []
         self.records: list[LanguageStepRecord] = []
         self.num_preemptions = 0
+        self.draft_counts = DraftCounts()
         self.stopped: list[tuple[RequestId, int]] = []
 
     def submit(self, request_id: RequestId, request: GenerateRequest, **more: object) -> None:
@@ -277,10 +280,10 @@ def test_several_tokens_at_once_are_cut_where_the_stop_string_ends(served: Serve
     last = heard.deltas()[-1]
     assert (last.finish, last.stop, last.token_ids) == (FinishReason.STOP, "END", tuple(b"END"))
     assert script.stopped == [(request_id, 0)]
-    usage = Usage(num_prompt_tokens=1, num_cached_tokens=0, num_completion_tokens=3)
-    script.items.append(Ended(request_id=request_id, outcome=usage))
+    made = Usage(num_prompt_tokens=1, num_cached_tokens=0, num_completion_tokens=15)
+    script.items.append(Ended(request_id=request_id, outcome=made))
     front.step(1)
-    assert heard.wait() == usage
+    assert heard.wait() == replace(made, num_completion_tokens=15 - len(" after"))
     assert not front.has_work
 
 

@@ -92,6 +92,8 @@ class ScriptedPlanners:
             num_cached_tokens=sum(CACHED),
             num_new_tokens=self._num_new_tokens,
             num_preemptions=1,
+            num_drafted_tokens=0,
+            num_held_tokens=0,
             first_token_p50_ms=412.0,
             steps=tuple(self._steps),
             layouts={LAYOUT: MODEL},

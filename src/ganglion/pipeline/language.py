@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ganglion.clock import Clock
 from ganglion.engine.language import Ended
-from ganglion.engine.language_record import Progress, WorkTrace
+from ganglion.engine.language_record import WorkTrace
 from ganglion.engine.sampler import Matcher
 from ganglion.errors import (
     CancelledError,
@@ -35,18 +35,18 @@ from ganglion.generation import (
 )
 from ganglion.metrics import Metrics
 from ganglion.models.detokenizer import Detokenizer, StopMatcher
-from ganglion.pipeline.language_watch import UNKNOWN, LanguageWatch
+from ganglion.pipeline.language_watch import UNKNOWN, LanguageWatch, WatchedCore
 from ganglion.pipeline.residents import Residents, ResidentsMessage
 from ganglion.pipeline.served import ServedLanguage, ShowingTokenizer
 from ganglion.service import ModelState, OnGenerated, Residence, TextTokenizer
-from ganglion.types import LanguageStats, LanguageStepRecord, RequestId
+from ganglion.types import LanguageStats, RequestId
 
 PINNED = Residence(state=ModelState.LOADED, stay="pinned", weight_bytes=0)
 SMOOTHING = 0.2
 WARM_UP_TOKENS, WARM_UP_US = 16, 10_000_000
 
 
-class LanguageCore(Protocol):
+class LanguageCore(WatchedCore, Protocol):
     """What this asks of the language engine."""
 
     def submit(
@@ -73,20 +73,6 @@ class LanguageCore(Protocol):
 
     def preempt_latest(self) -> bool:
         """Give pages back, to be computed again later; False: nobody holds any."""
-        ...
-
-    @property
-    def records(self) -> Sequence[LanguageStepRecord]:
-        """The last steps, newest last."""
-        ...
-
-    @property
-    def num_preemptions(self) -> int:
-        """Times that a request gave its pages back before its end."""
-        ...
-
-    def progress(self) -> Mapping[RequestId, Progress]:
-        """How far each request is, oldest first."""
         ...
 
 
@@ -224,11 +210,10 @@ class LanguageFront:
 
     def stats(self) -> LanguageStats:
         """Everything that an operator sees of language models, as of now."""
-        self._watch.observe_preemptions(self._core.num_preemptions)
         layouts = {
             layout.name: name for name, served in self._served.items() for layout in served.layouts
         }
-        return self._watch.stats(self._core.progress(), self._core.records, layouts)
+        return self._watch.stats(self._core, layouts)
 
     def make_room(self) -> bool:
         """Robots need pages: whoever came last gives its own back and computes them again. False: nobody holds any."""
@@ -348,7 +333,7 @@ class LanguageFront:
             return
         delta = choice.take(item)
         finish = None if delta is None else delta.finish
-        self._watch.show(item.request_id, len(item.token_ids), finish)
+        self._watch.show(item.request_id, len(item.token_ids) - choice.num_unused, finish)
         if delta is not None:
             open_.message.on_generated(delta)
         if choice.is_over and item.finish is None:

@@ -12,8 +12,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Protocol
 
 from ganglion.clock import Clock
+from ganglion.engine.drafter import DraftCounts
 from ganglion.engine.language_record import Progress, WorkTrace
 from ganglion.errors import ErrorCode, GanglionError
 from ganglion.generation import FinishReason, GenerateRequest, Usage
@@ -42,6 +44,29 @@ NOT_IN = Progress(  # of a request whose model is being loaded
 UNKNOWN = "unknown"  # model of a request that named none that is served
 
 
+class WatchedCore(Protocol):
+    """What this reads of the language engine."""
+
+    @property
+    def records(self) -> Sequence[LanguageStepRecord]:
+        """The last steps, newest last."""
+        ...
+
+    @property
+    def num_preemptions(self) -> int:
+        """Times that a request gave its pages back before its end."""
+        ...
+
+    @property
+    def draft_counts(self) -> DraftCounts:
+        """Tokens drafted ahead since the start."""
+        ...
+
+    def progress(self) -> Mapping[RequestId, Progress]:
+        """How far each request is, oldest first."""
+        ...
+
+
 @dataclass(slots=True, kw_only=True)
 class _Watched:
     """One request under way."""
@@ -62,7 +87,7 @@ class LanguageWatch:
         self._open: dict[RequestId, _Watched] = {}
         self._first_token_s: deque[float] = deque(maxlen=NUM_RECENT)
         self._last_step = 0
-        self._num_preemptions = 0
+        self._counts = (0, 0, 0)  # preemptions, drafted and held tokens that metrics know of
         self._num_results = self._num_errors = self._num_cancelled = 0
         self._num_prompt_tokens = self._num_cached_tokens = self._num_new_tokens = 0
 
@@ -155,21 +180,24 @@ class LanguageWatch:
         """Nobody asked for what was run so far."""
         self._last_step = records[-1].step if records else 0
 
-    def observe_preemptions(self, num_preemptions: int) -> None:
-        """So many times since the start did a request give its pages back."""
-        self._metrics.language_preemptions.inc(num_preemptions - self._num_preemptions)
-        self._num_preemptions = num_preemptions
+    def _observe_counts(self, core: WatchedCore) -> None:
+        drafts = core.draft_counts
+        counts = (core.num_preemptions, drafts.num_drafted, drafts.num_held)
+        counters = (
+            self._metrics.language_preemptions,
+            self._metrics.language_drafted_tokens,
+            self._metrics.language_held_tokens,
+        )
+        for counter, count, before in zip(counters, counts, self._counts, strict=True):
+            counter.inc(count - before)
+        self._counts = counts
 
     # --- picture -------------------------------------------------------------------------------------------------
 
-    def stats(
-        self,
-        progress: Mapping[RequestId, Progress],
-        records: Sequence[LanguageStepRecord],
-        layouts: Mapping[str, str],
-    ) -> LanguageStats:
-        """Everything that an operator sees of language models, as of now."""
-        now_s = self._clock.now_s()
+    def stats(self, core: WatchedCore, layouts: Mapping[str, str]) -> LanguageStats:
+        """Everything that an operator sees of language models, as of now. `layouts`: of their pages -> the model."""
+        self._observe_counts(core)
+        now_s, progress = self._clock.now_s(), core.progress()
         known = [(request_id, progress.get(request_id, NOT_IN)) for request_id in self._open]
         waiting = [each for _, each in known if each.phase is PromptPhase.WAITING]
         num_rows = sum(each.num_rows for _, each in known)
@@ -189,9 +217,11 @@ class LanguageWatch:
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
             num_new_tokens=self._num_new_tokens,
-            num_preemptions=self._num_preemptions,
+            num_preemptions=core.num_preemptions,
+            num_drafted_tokens=core.draft_counts.num_drafted,
+            num_held_tokens=core.draft_counts.num_held,
             first_token_p50_ms=median(first_tokens) * 1e3 if first_tokens else None,
-            steps=tuple(records),
+            steps=tuple(core.records),
             layouts=layouts,
         )
 

@@ -46,6 +46,8 @@ class PlannerPainter:
             "num_cached_tokens": language.num_cached_tokens,
             "num_new_tokens": language.num_new_tokens,
             "num_preemptions": language.num_preemptions,
+            "num_drafted_tokens": language.num_drafted_tokens,
+            "num_held_tokens": language.num_held_tokens,
             "tokens_per_s": rounded(self._tokens_per_s(language.num_new_tokens, now_s)),
             "first_token_p50_ms": rounded(language.first_token_p50_ms),
             "models": [

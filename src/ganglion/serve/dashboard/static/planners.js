@@ -110,6 +110,7 @@ export class Planners {
       ["first token", language.first_token_p50_ms === null ? DASH : `${millis(language.first_token_p50_ms)} ms`],
       ["cached", percent(language.num_cached_tokens, language.num_prompt_tokens)],
       ["done", count(language.num_results)],
+      ...(language.num_drafted_tokens ? [["drafts held", percent(language.num_held_tokens, language.num_drafted_tokens)]] : []),
       ...(language.num_preemptions ? [["gave pages back", count(language.num_preemptions)]] : []),
       ...(language.num_errors ? [["errors", count(language.num_errors)]] : []),
     ]);
