@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ganglion.errors import CheckpointError
+from ganglion.models import lora
 from ganglion.models.decoder import Decoder
 from ganglion.models.decoder_load import load_language, random_language
 from ganglion.models.dense_kv import DenseKv
@@ -66,7 +67,8 @@ def run(
         if pieces is not None:
             by_adapter.setdefault(id(pieces), (pieces, []))[1].append(spans[at])
     batch = LoraBatch(
-        [LoraRows(pieces=pieces, rows=rows_of(of_one)) for pieces, of_one in by_adapter.values()]
+        [LoraRows(pieces=pieces, rows=rows_of(of_one)) for pieces, of_one in by_adapter.values()],
+        num_tokens=start,
     )
     with torch.inference_mode():
         hidden = model.embed(torch.cat([rows[at][0] for at in order]))
@@ -121,7 +123,13 @@ def test_ranks_scales_and_pages(
     assert_close(got, want)
 
 
-def test_rows_with_different_adapters_equal_each_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_page_bytes", [1 << 20, 1024])
+@pytest.mark.parametrize("most", [0, lora.MAX_TOKENS_TOGETHER])
+def test_rows_with_different_adapters_equal_each_alone(
+    most: int, max_page_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapter by adapter, as in large batches, and all together, as in small ones."""
+    monkeypatch.setattr(lora, "MAX_TOKENS_TOGETHER", most)
     saved(tmp_path, "llama-biases-tied")
     model = decoder(tmp_path)
     folders = {
@@ -131,7 +139,7 @@ def test_rows_with_different_adapters_equal_each_alone(tmp_path: Path) -> None:
             tmp_path / "z", model.decoder_spec, is_used=lambda name: ".1." in name, seed=3
         ),
     }
-    found = adapters_of(model, **folders)
+    found = adapters_of(model, max_page_bytes, **folders)
     pieces = {name: filled(adapter, found) for name, adapter in found.adapters.items()}
     names = ("all", None, "few", "all", "one", None, "few")
     rows = [

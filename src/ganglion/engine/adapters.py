@@ -154,7 +154,8 @@ class Adapters:
             [
                 LoraRows(pieces=self._pieces(self._residents[name]), rows=rows_of(of_one))
                 for name, of_one in spans.items()
-            ]
+            ],
+            num_tokens=start,
         )
 
     @property
