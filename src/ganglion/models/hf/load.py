@@ -72,7 +72,7 @@ def load_module_language(
         snapshot_tokens=snapshot_tokens,
     )
     pack_linears(module)
-    with torch.inference_mode():
+    with torch.inference_mode(), _quiet():
         _check(model, seated.token_ids, seated.seen.logits, dtype, source)
     return model
 
