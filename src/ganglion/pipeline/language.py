@@ -387,9 +387,7 @@ class _Choice:
         self._ids: list[int] = []  # of text that is held back
         self._logprobs: list[TokenLogprob] = []
         self.is_over = False
-        self.num_unused = (
-            0  # tokens that came together with the one that completed a stop string, after it
-        )
+        self.num_unused = 0  # tokens that came after a stop string, together with its end
 
     def take(self, item: TokenDelta) -> TextDelta | None:
         """What of it may be shown now. A stop string ends the choice at the token that completes it."""
