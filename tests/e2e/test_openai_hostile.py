@@ -6,12 +6,14 @@ What the edge alone refuses is in `test_openai_bad_input`; here is what must als
 import asyncio
 import json
 import socket
+import sys
 import threading
 
 import openai
 import pytest
 
 from ganglion.errors import CancelledError
+from ganglion.serve import app
 from ganglion.serve.openai import run
 from tests.e2e.language_stage import NAME, WAIT_S, language_stage, wait_until
 from tests.e2e.openai_stage import TOOL, events
@@ -230,6 +232,31 @@ def test_half_a_request_reaches_nobody(stage):
     for raw in halves:
         raw.close()
     assert len(stage.watched.trails) == num_before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other names for it")
+def test_a_host_that_vanishes_is_noticed(stage, monkeypatch):
+    """Nothing on one machine can vanish without a word; so the sockets are asked whether they would notice."""
+    found = []
+    accept = socket.socket.accept
+
+    def accepted(listening):
+        connection, address = accept(listening)
+        found.append(connection.dup())
+        return connection, address
+
+    monkeypatch.setattr(socket.socket, "accept", accepted)
+    raw = send(stage, LONG)
+    raw.recv(100)
+    raw.close()
+    stage.wait_for_rest()
+    ours = found[-1]
+    assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    tcp = [ours.getsockopt(socket.IPPROTO_TCP, option) for option in
+           (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)]  # fmt: skip
+    assert tcp[0] + tcp[1] * tcp[2] <= app.DEAD_PEER_S
+    for connection in found:
+        connection.close()
 
 
 # --- clients that stall ------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ MAX_HTTP_CONNECTIONS = 64
 STOP_TIMEOUT_S = 3
 START_TIMEOUT_S = 30.0
 LISTEN_BACKLOG = 256
+DEAD_PEER_S = 40
 
 
 def build_app(
@@ -273,11 +274,25 @@ def run(
     server.serve()
 
 
+def _notice_dead_peers(sock: socket.socket) -> None:
+    """A peer that vanished without a word (power, cable) is noticed within DEAD_PEER_S, so that its generation ends.
+
+    Accepted sockets inherit it. Robots are pinged besides.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        probe_s = DEAD_PEER_S // 4
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
 def _bind(config: ServeConfig) -> socket.socket:
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     # The protocol by name: asyncio turns Nagle's delay off only on sockets that say TCP.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _notice_dead_peers(sock)
     try:
         sock.bind((config.host, config.port))
         sock.listen(LISTEN_BACKLOG)
