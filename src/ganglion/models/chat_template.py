@@ -42,7 +42,7 @@ PLAIN_TEMPLATE = (
 )
 PLAIN_PARTS_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {% for part in message.content %}"
-    "{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}\n\n{% endfor %}assistant:"
+    "{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}{{ '\\n\\n' }}{% endfor %}assistant:"
 )
 
 
