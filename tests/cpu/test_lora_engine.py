@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ganglion.clock import SimulatedClock
+from ganglion.engine.drafter import Speculation
 from ganglion.engine.language import Ended, LanguageEngine
 from ganglion.engine.language_policy import POLICIES
 from ganglion.errors import CheckpointError, FieldError, OutOfPagesError
@@ -286,6 +287,20 @@ def test_choices_of_one_request_share_the_adapter(house: House) -> None:
     stand.run()
     want = house.greedy("odd", PROMPTS[3])
     assert [stand.tokens[0, choice] for choice in range(3)] == [want] * 3
+    stand.check_empty()
+
+
+def test_drafts_are_checked_with_the_row_s_adapter(house: House) -> None:
+    stand = Stand(house, speculation=Speculation(source="ngram", max_tokens=4, is_paced=False))
+    for at, name in enumerate(("odd", "", "few")):
+        stand.submit(at, name, PROMPTS[at + 1], max_tokens=48)
+    num_steps = 0
+    while stand.engine.has_work:
+        stand.step()
+        num_steps += 1
+    assert num_steps < 48, "nothing was drafted"
+    for at, name in enumerate(("odd", "", "few")):
+        assert stand.tokens[at, 0] == house.greedy(name, PROMPTS[at + 1], 48), name
     stand.check_empty()
 
 
