@@ -328,7 +328,10 @@ class LanguageRequestStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageStepRecord:
-    """One step of the language engine: `num_layers` layers from `first_layer` on, for so many rows and tokens."""
+    """One step of the language engine: `num_layers` layers from `first_layer` on, for so many rows and tokens.
+
+    No rows and no layers: it encoded a picture.
+    """
 
     step: int
     model: str

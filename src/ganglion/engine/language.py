@@ -348,6 +348,7 @@ class LanguageEngine:
         except Exception:
             logger.exception("a picture of %s failed", work.request_id)
             self._end(work, InternalError("the model failed on this picture"))
+        self._record(host, (), range(0), budget_us, start_s)
         return True
 
     def _next_host(self) -> LanguageHost | None:
@@ -368,13 +369,24 @@ class LanguageEngine:
     ) -> None:
         parts, first_layer = forward.parts, forward.next_layer
         self._run(host, forward, budget_us, start_s)
+        self._record(host, parts, range(first_layer, forward.next_layer), budget_us, start_s)
+
+    def _record(
+        self,
+        host: LanguageHost,
+        parts: Sequence[Part],
+        layers: range,
+        budget_us: int,
+        start_s: float,
+    ) -> None:
+        """A step ended. No parts and no layers: it encoded a picture."""
         self._num_steps += 1
         self.records.append(
             step_record(
                 self._num_steps,
                 host,
                 parts,
-                range(first_layer, forward.next_layer),
+                layers,
                 hosts=self._hosts,
                 start_s=start_s,
                 end_s=self._clock.now_s(),

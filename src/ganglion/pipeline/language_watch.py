@@ -169,9 +169,9 @@ class LanguageWatch:
                 break
             run_s = record.run_us * 1e-6
             self._metrics.language_step_seconds.observe(run_s, model=record.model)
-            self._metrics.language_batch_tokens.observe(
-                record.num_prefill_tokens + record.num_decode_tokens, model=record.model
-            )
+            num_tokens = record.num_prefill_tokens + record.num_decode_tokens
+            if num_tokens:  # none: a picture
+                self._metrics.language_batch_tokens.observe(num_tokens, model=record.model)
             for lane in range(self._num_lanes):
                 self._metrics.lane_seconds.inc(run_s, lane=str(lane), who="planners")
         self.skip_steps(records)
