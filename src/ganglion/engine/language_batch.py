@@ -13,7 +13,7 @@ from ganglion.engine.language_forward import Forward, Stage, Strand
 from ganglion.engine.language_host import LAYERS, LanguageHost
 from ganglion.engine.language_images import Encoding
 from ganglion.engine.language_pages import Growth, image_content
-from ganglion.engine.language_policy import Policy, stage_layers
+from ganglion.engine.language_policy import Policy, batch_room, stage_layers
 from ganglion.engine.language_work import LanguageRow, LanguageWork, Part
 from ganglion.errors import GanglionError, OutOfPagesError
 from ganglion.memory.arena import Arena
@@ -55,9 +55,18 @@ class LanguageBatches:
         staged = set(host.staged)
         rows = [row for row in host.admitted if row not in staged and host.is_ready(row)]
         num_left = [row.num_left for row in rows]
-        is_prefill = any(left > 1 for left in num_left)
-        max_tokens = self._max_tokens(host, budget_us) if is_prefill else len(rows)
-        order = self._policy(num_left, max_tokens, is_stage_busy=host.stage is not None)
+        room = batch_room(
+            lambda num_tokens: host.estimate_us(LAYERS, num_tokens),
+            num_decoding=sum(left == 1 for left in num_left),
+            slice_us=budget_us,
+            most=self._max_batch_tokens,
+        )
+        order = self._policy(
+            num_left,
+            room.num_tokens,
+            is_stage_busy=host.stage is not None,
+            max_layer_tokens=room.num_layer_tokens,
+        )
         parts = self._parts(host, rows, order.num_tokens, self._drafter.take(host), growth)
         chosen = {rows[at] for at in order.staged}
         forward_parts = [part for part in parts if part.row not in chosen]
@@ -122,23 +131,6 @@ class LanguageBatches:
         if host.images is not None:
             host.images.fill(strand)
         return strand
-
-    def _max_tokens(self, host: LanguageHost, budget_us: int) -> int:
-        """Tokens of a batch that goes through all layers within the budget, by what was measured; at least 1."""
-        num_layers = host.model.spec.num_layers
-
-        def fits(num_tokens: int) -> bool:
-            layers_us = host.estimate_us(LAYERS, num_tokens, num_layers)
-            return num_tokens <= self._max_batch_tokens and layers_us <= budget_us
-
-        num_tokens = 1
-        while fits(2 * num_tokens):
-            num_tokens *= 2
-        extra = num_tokens // 2
-        while extra:
-            num_tokens += extra if fits(num_tokens + extra) else 0
-            extra //= 2
-        return num_tokens
 
     def _admit(self, host: LanguageHost) -> None:
         """Let waiting rows come in, the oldest first, while there is room for them."""

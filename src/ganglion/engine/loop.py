@@ -50,7 +50,10 @@ class EngineLoop(Generic[MessageT]):
 
     def turn(self) -> bool:
         """After `start_here`: handle what was posted, then step once; is there more to do?"""
-        return self._drain(has_work=True) and bool(self._guard(self._step))
+        if not self._drain(has_work=True):
+            return False
+        has_work = bool(self._guard(self._step))
+        return has_work or not self._mailbox.empty()
 
     def stop(self) -> None:
         """Handle what was posted before, run `close` on the thread, and join it."""
