@@ -46,6 +46,7 @@ class EngineConfig:
     language_share: float = 0.5  # of the time, at most, that language models take from robots' work
     language_floor: float = 0.05  # of the time, that they take even where robots are late
     language_threads: int = 0  # 0 = auto
+    language_policy: str = "chunked"  # how prompts are cut into batches: "chunked" by tokens, "layered" by layers, "whole" not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +171,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "engine.dtype": ("bfloat16", "float32", AUTO),
+    "engine.language_policy": ("chunked", "layered", "whole"),
     "pipeline.context": ("public", "private"),
     "demo.world": ("metaworld", "metaworld-moving", "metaworld-jumping"),
 }
