@@ -18,6 +18,7 @@ from ganglion.clock import Clock, RealClock
 from ganglion.config import ChatConfig, EngineConfig, MemoryConfig, PipelineConfig
 from ganglion.engine.lane import Crew, Lanes
 from ganglion.engine.language import LanguageEngine
+from ganglion.engine.language_policy import POLICIES
 from ganglion.engine.loop import EngineLoop
 from ganglion.errors import (
     CancelledError,
@@ -399,6 +400,7 @@ class LocalService:
             self._clock,
             max_rows=chat.max_rows,
             cost=MeasuredCost(),
+            policy=POLICIES[self._config.language_policy],
             adapters={
                 name: each.adapters for name, each in served.items() if each.adapters is not None
             },
