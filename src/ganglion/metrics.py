@@ -98,7 +98,7 @@ COUNTERS: dict[str, MetricSpec] = {
     ),
     "lane_seconds": MetricSpec(
         name="ganglion_lane_seconds_total",
-        doc="Time that a lane computed. A step of a language model has all lanes, whatever cores it runs on.",
+        doc="Time that a lane computed. A turn of language models has all lanes, whatever cores it runs on.",
         labels={"lane": "its number", "who": "robots or planners"},
         max_series=256,
     ),

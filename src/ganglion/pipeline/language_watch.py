@@ -153,7 +153,12 @@ class LanguageWatch:
     # --- turns ---------------------------------------------------------------------------------------------------
 
     def observe_turn(self, kind: TurnKind, run_us: float, slack_us: int | None) -> None:
-        """Language models had a turn; `slack_us`: how long robots' work could stand still; None: there was none."""
+        """Language models had a turn, and with it all lanes; drafts are in it.
+
+        `slack_us`: how long robots' work could stand still; None: there was none.
+        """
+        for lane in range(self._num_lanes):
+            self._metrics.lane_seconds.inc(run_us * 1e-6, lane=str(lane), who="planners")
         self._metrics.language_turn_seconds.observe(run_us * 1e-6, kind=kind)
         if kind is TurnKind.SLACK and slack_us:
             self._metrics.language_slack_ratio.observe(run_us / slack_us)
@@ -163,7 +168,7 @@ class LanguageWatch:
         self._metrics.language_held_back.inc()
 
     def observe_steps(self, records: Sequence[LanguageStepRecord]) -> None:
-        """Count steps that are new among `records`. A step of a language model has all lanes."""
+        """Count steps that are new among `records`."""
         for record in reversed(records):
             if record.step <= self._last_step:
                 break
@@ -172,8 +177,6 @@ class LanguageWatch:
             num_tokens = record.num_prefill_tokens + record.num_decode_tokens
             if num_tokens:  # none: a picture
                 self._metrics.language_batch_tokens.observe(num_tokens, model=record.model)
-            for lane in range(self._num_lanes):
-                self._metrics.lane_seconds.inc(run_s, lane=str(lane), who="planners")
         self.skip_steps(records)
 
     def skip_steps(self, records: Sequence[LanguageStepRecord]) -> None:
