@@ -291,6 +291,13 @@ def test_two_calls_of_one_answer_there_and_back(client, language):
     assert prompt.index("<|tool|>stop done") < prompt.index("<|tool|>move_arm done")
 
 
+def test_an_assistant_that_said_nothing_may_stand_in_a_conversation(client, language):
+    for said in ({"content": ""}, {"content": None, "refusal": "no"}, {"content": []}):
+        messages = [*user("x"), {"role": "assistant"} | said, *user("and now?")]
+        answer = client.chat.completions.create(model="echo", messages=messages)
+        assert answer.choices[0].message.content == "and now?"
+
+
 def test_one_call_is_left_where_calls_may_not_be_parallel(client, language):
     call = json.dumps({"name": "stop", "arguments": {}})
     language.say(f"<tool_call>{call}</tool_call><tool_call>{call}</tool_call>")

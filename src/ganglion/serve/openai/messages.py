@@ -174,8 +174,8 @@ def _read_message(fields: Fields) -> ChatMessage:
     else:
         fields.refuse({"audio": "text only", "function_call": "use tool_calls"})
         refusal = fields.text("refusal")
-        if content is None or not (content.text or content.parts):
-            content = None if not refusal else Content(refusal)
+        if refusal and (content is None or not (content.text or content.parts)):
+            content = Content(refusal)
     calls = _read_calls(fields) if role == "assistant" else ()
     if role == "assistant" and content is None and not calls:
         raise fields.wrong("content", "a string, or tool_calls beside it")
