@@ -70,3 +70,11 @@ def test_meminfo_and_a_machine_without_proc(tmp_path: Path) -> None:
     assert empty.total_bytes == 0
     assert empty.cpu_model
     assert empty.cores
+
+
+@pytest.mark.parametrize(
+    ("budget_bytes", "arena_bytes"), [(0, 2 * GIB), (16 * GIB, 2 * GIB), (1 * GIB, 512 * MIB)]
+)
+def test_a_budget_leaves_half_to_weights(budget_bytes: int, arena_bytes: int) -> None:
+    autos = auto_values(machine(num_cores=2), has_chat=True, budget_bytes=budget_bytes)
+    assert autos["memory.arena_bytes"].value == arena_bytes

@@ -31,11 +31,10 @@ class Served:
     clock: Clock
 
 
-@contextmanager
-def serving(config: Config, *, on_stage: Callable[[str], None]) -> Iterator[Served]:
-    """Load, bind, calibrate, serve; everything is closed at the end. `on_stage` hears of each stage as it starts."""
-    torch.set_num_threads(1)  # lanes set their own; nothing else here may compute on many threads
-    clock, metrics = RealClock(), Metrics()
+def make_service(
+    config: Config, *, clock: Clock, metrics: Metrics, on_stage: Callable[[str], None]
+) -> LocalService:
+    """Load what `config` names; not started yet."""
     model = None
     if config.policy.path:
         on_stage(f"loading {config.policy.path} in {config.engine.dtype}")
@@ -55,7 +54,7 @@ def serving(config: Config, *, on_stage: Callable[[str], None]) -> Iterator[Serv
         raise ConfigError(
             f"pipeline.ladder {path!r} without a policy", next_step="remove it, or serve a policy"
         )
-    service = LocalService(
+    return LocalService(
         model,
         engine=config.engine,
         memory=config.memory,
@@ -67,6 +66,14 @@ def serving(config: Config, *, on_stage: Callable[[str], None]) -> Iterator[Serv
         clock=clock,
         metrics=metrics,
     )
+
+
+@contextmanager
+def serving(config: Config, *, on_stage: Callable[[str], None]) -> Iterator[Served]:
+    """Load, bind, calibrate, serve; everything is closed at the end. `on_stage` hears of each stage as it starts."""
+    torch.set_num_threads(1)  # lanes set their own; nothing else here may compute on many threads
+    clock, metrics = RealClock(), Metrics()
+    service = make_service(config, clock=clock, metrics=metrics, on_stage=on_stage)
     with ServerThread(
         service,
         config=config.serve,
@@ -82,4 +89,5 @@ def serving(config: Config, *, on_stage: Callable[[str], None]) -> Iterator[Serv
         try:
             yield Served(service=service, edge=edge, clock=clock)
         finally:
+            gc.unfreeze()
             service.close()

@@ -35,7 +35,12 @@ def resolve(args: argparse.Namespace) -> Resolved:
             "no policy and no language model: nothing to serve",
             next_step="name a policy or a language model: policy=metaworld-ten, chat=tiny-moe",
         )
-    autos = auto_values(hardware, has_policy=has_policy, has_chat=has_chat)
+    autos = auto_values(
+        hardware,
+        has_policy=has_policy,
+        has_chat=has_chat,
+        budget_bytes=asked.memory.budget_bytes,
+    )
     resolved = load(file=file, flags=flags, autos=autos)
     origins = {setting.path: setting.origin for setting in resolved.settings}
     path = resolved.config.policy.path

@@ -16,15 +16,15 @@ LARGEST_AUTO_CHAT_ARENA_BYTES = 8 * GIB  # keys and values of a conversation are
 
 
 def auto_values(
-    hardware: Hardware, *, has_policy: bool = True, has_chat: bool = False
+    hardware: Hardware, *, has_policy: bool = True, has_chat: bool = False, budget_bytes: int = 0
 ) -> dict[str, Auto]:
-    """Config path -> value for this machine, and for what is served on it."""
+    """Config path -> value for this machine, and for what is served on it. `budget_bytes` 0: no bound."""
     largest_bytes = LARGEST_AUTO_CHAT_ARENA_BYTES if has_chat else LARGEST_AUTO_ARENA_BYTES
     return {
         "engine.lanes": _lanes(hardware),
         "engine.dtype": _dtype(hardware),
         "engine.language_threads": _language_threads(hardware, has_policy=has_policy),
-        "memory.arena_bytes": _arena(hardware, largest_bytes),
+        "memory.arena_bytes": _arena(hardware, largest_bytes, budget_bytes),
         "memory.budget_bytes": _budget(hardware),
     }
 
@@ -66,11 +66,14 @@ def _budget(hardware: Hardware) -> Auto:
     return Auto(value=value, formula=f"4/5 of {format_bytes(available_bytes)} available")
 
 
-def _arena(hardware: Hardware, largest_bytes: int) -> Auto:
+def _arena(hardware: Hardware, largest_bytes: int, budget_bytes: int) -> Auto:
     available_bytes = hardware.available_bytes
     if available_bytes == 0:
         return Auto(value=LARGEST_AUTO_ARENA_BYTES, formula="free memory is unknown here")
     quarter = available_bytes // 4 // MIB * MIB
     value = max(SMALLEST_AUTO_ARENA_BYTES, min(largest_bytes, quarter))
     limit = format_bytes(largest_bytes)
+    if 0 < budget_bytes // 2 < value:  # weights want the rest
+        half = max(MIB, budget_bytes // 2 // MIB * MIB)
+        return Auto(value=half, formula=f"budget of {format_bytes(budget_bytes)} / 2")
     return Auto(value=value, formula=f"min({limit}, {format_bytes(available_bytes)} available / 4)")
