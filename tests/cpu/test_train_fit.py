@@ -14,6 +14,7 @@ from ganglion.robots.metaworld import TASKS
 from ganglion.train.dataset import ANY, AugmentConfig, Dataset, Statistics, prompts
 from ganglion.train.demonstrations import CollectConfig, plan_shards
 from ganglion.train.fit import (
+    PERCEPTION,
     FitConfig,
     FitProgress,
     averaged_policy,
@@ -198,6 +199,20 @@ def test_training_goes_on_from_a_checkpoint(data_dir: Path, late_dir: Path, tmp_
     for name, value in start.policy.state_dict().items():
         torch.testing.assert_close(again.policy.state_dict()[name], value, msg=name)
     np.testing.assert_allclose(again.statistics.action_mean, fitted.statistics.action_mean)
+
+
+def test_frozen_perception_stays_and_the_expert_learns(late_dir: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, is_perception_frozen=True)
+    parts: list[dict[str, torch.Tensor]] = []
+    for num_steps in (1, 6):  # the second call goes on from the state of the first
+        result = fit(
+            config, late_dir, tmp_path / "run", lambda _: None, model=MODEL, until_step=num_steps
+        )
+        parts.append({f"policy.{k}": v for k, v in result.policy.state_dict().items()})
+    first, last = parts
+    changed = {name for name in first if not torch.equal(first[name], last[name])}
+    assert changed
+    assert not any(name.startswith(PERCEPTION) for name in changed)
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:

@@ -40,6 +40,8 @@ class DelayedConfig:
     num_still_shards: int = 2
     num_moving_shards: int = 3
     num_crossed_shards: int = 1
+    hard_tasks: tuple[str, ...] = ("push", "pick-place")
+    hard_factor: int = 1  # so many times as many still and moving shards of these
     episodes_per_shard: int = 6
     first_seed: int = 9_000
     delay_ticks: tuple[int, int] = (0, 13)
@@ -97,8 +99,9 @@ def drive_late(
 def _plan(config: DelayedConfig, checkpoint_dir: Path, data_dir: Path) -> list[_Order]:
     kinds: list[tuple[str, str, bool, int]] = []
     for name, task in TASKS.items():
-        kinds.append((name, name, False, config.num_still_shards))
-        kinds.append((name, name, True, config.num_moving_shards))
+        factor = config.hard_factor if name in config.hard_tasks else 1
+        kinds.append((name, name, False, factor * config.num_still_shards))
+        kinds.append((name, name, True, factor * config.num_moving_shards))
         if task.opposite is not None and task.joint is None:
             kinds.append((name, task.opposite, False, config.num_crossed_shards))
     orders = []

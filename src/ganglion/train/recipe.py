@@ -49,12 +49,24 @@ class DelayRound:
 def delay_rounds(num_workers: int = 2) -> tuple[DelayRound, ...]:
     """The shipped policy's."""
     first = FitConfig(
-        num_steps=2000, learning_rate=4e-4, num_warmup_steps=100, target_loss_weight=0.1, seed=1
+        num_steps=1200,
+        learning_rate=3e-4,
+        num_warmup_steps=100,
+        is_perception_frozen=True,
+        seed=1,
     )
-    again = DelayedConfig(first_seed=9_400, round_name="delayed2", num_workers=num_workers)
+    again = DelayedConfig(
+        num_still_shards=1,
+        num_moving_shards=2,
+        num_crossed_shards=2,
+        hard_factor=4,
+        first_seed=9_400,
+        round_name="delayed2",
+        num_workers=num_workers,
+    )
     return (
         DelayRound(drive=DelayedConfig(num_workers=num_workers), fit=first),
-        DelayRound(drive=again, fit=replace(first, learning_rate=2e-4, seed=2)),
+        DelayRound(drive=again, fit=replace(first, seed=2)),
     )
 
 
