@@ -5,14 +5,11 @@ draft never changes a token. Nobody else ever waits for a draft's pages: they ar
 """
 
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import torch
-
 from ganglion.clock import Clock
+from ganglion.engine.draft_pace import Ahead, LayerTimer
 from ganglion.engine.language_draft import DraftRun, LayerWork
 from ganglion.engine.language_host import LanguageHost
 from ganglion.engine.language_work import LanguageRow, Part
@@ -102,7 +99,7 @@ class Drafter:
         self._trials: dict[tuple[str, str], Trials] = {}  # ahead, or when the target is done
         self._shares: dict[tuple[str, str], float] = {}  # acceptance that new choices start with
         self._catch_up_us: dict[str, float] = {}  # per token, by drafting model
-        self._ahead = _Ahead(speculation.num_threads)
+        self._ahead = Ahead(speculation.num_threads)
         self._counts = DraftCounts()
 
     @property
@@ -272,7 +269,7 @@ class Drafter:
         if cycle is None or cycle.run is None or cycle.run.is_done:
             return True
         run, start_s, num_tokens = cycle.run, self._clock.now_s(), cycle.run.work.num_run
-        per_token = _LayerTimer(self._clock, budget_us)
+        per_token = LayerTimer(self._clock, budget_us)
         run.advance(per_token.num_fitting)
         spent_us = (self._clock.now_s() - start_s) * 1e6
         num_layers = run.host.model.spec.num_layers
@@ -447,67 +444,3 @@ def _num_left(host: LanguageHost, row: LanguageRow) -> int:
         row.work.request.sampling.max_tokens - row.num_drawn,
         host.model.spec.max_tokens - len(row.tokens),
     )
-
-
-class _LayerTimer:
-    """How many layers fit, by what those before took; the first slice runs at least one."""
-
-    def __init__(self, clock: Clock, budget_us: float) -> None:
-        self._clock, self._budget_us, self._start_s = clock, budget_us, clock.now_s()
-        self._num_run = 0
-        self._slice: tuple[float, int, int] | None = None  # began, tokens, layers
-        self._layer_us: dict[int, float] = {}  # by tokens
-
-    def num_fitting(self, num_tokens: int, num_layers_left: int) -> int:
-        now_s = self._clock.now_s()
-        if self._slice is not None:
-            began_s, of_tokens, num_layers = self._slice
-            self._layer_us[of_tokens] = (now_s - began_s) * 1e6 / num_layers
-        left_us = self._budget_us - (now_s - self._start_s) * 1e6
-        if left_us <= 0.0 and self._slice is not None:
-            return 0
-        layer_us = self._layer_us.get(num_tokens)
-        num_layers = 1 if layer_us is None else int(left_us / max(layer_us, 1e-3))
-        if not num_layers and self._slice is not None:
-            return 0
-        num_layers = max(1, min(num_layers, num_layers_left))
-        self._slice = (now_s, num_tokens, num_layers)
-        return num_layers
-
-
-class _Ahead:
-    """The thread that drafts while the target is busy, made when it is first needed."""
-
-    def __init__(self, num_threads: int) -> None:
-        self._num_threads = num_threads
-        self._pool: ThreadPoolExecutor | None = None
-        self._is_stopped = threading.Event()
-        self._under_way: tuple[DraftRun, Future[None]] | None = None
-
-    def start(self, run: DraftRun) -> None:
-        assert self._under_way is None
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "draft", initializer=self._open)
-        self._is_stopped.clear()
-        self._under_way = (run, self._pool.submit(self._advance, run))
-
-    def pause(self) -> tuple[DraftRun | None, BaseException | None]:
-        """Whose run it was, and how it failed."""
-        if self._under_way is None:
-            return None, None
-        run, future = self._under_way
-        self._is_stopped.set()
-        self._under_way = None
-        return run, future.exception()
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
-
-    def _open(self) -> None:
-        torch.set_num_threads(self._num_threads)
-
-    def _advance(self, run: DraftRun) -> None:
-        with torch.inference_mode():
-            run.advance(lambda num_tokens, num_left: 0 if self._is_stopped.is_set() else 1)
