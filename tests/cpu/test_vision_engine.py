@@ -204,6 +204,20 @@ def test_a_picture_is_encoded_once_however_often_it_comes(stages):
     assert stage.images.num_encoded == 3, "pictures of one tenant are not another's"
 
 
+def test_features_go_when_others_are_worth_more_and_are_made_again(stages):
+    stage = stages("idefics3")
+    stage.open(num_large_pages=14)
+    parts = (ONE, "a")
+    first = stage.submit(stage.request(parts, num_tokens=8))
+    before = stage.finish()[0][first]
+    for seed in range(3):
+        stage.submit(stage.request((f"{seed}" * 900,), num_tokens=2))
+        stage.finish()
+    again = stage.submit(stage.request(parts, num_tokens=8))
+    assert stage.finish()[0][again] == before == stage.expected(parts, 8)
+    assert stage.images.num_encoded == 2
+
+
 def test_the_same_words_beside_another_picture_are_another_prompt(stages):
     stage = stages("idefics3")
     stage.open()
@@ -244,6 +258,9 @@ def test_a_step_encodes_no_more_than_its_budget(stages):
         num_steps += 1
     num_tiles = len(stage.request((ONE, "what?")).images[0].places)
     assert num_steps == num_tiles * stage.model.encoder.num_units
+    records = list(stage.engine.records)
+    assert len(records) == num_steps
+    assert not any(record.num_rows or record.num_layers for record in records)
     stage.finish()
 
 
@@ -306,19 +323,24 @@ def test_a_picture_that_never_fits_ends_its_request_alone(stages):
 def test_pages_move_under_pictures(stages):
     stage = stages("idefics3")
     stage.open()
-    parts = (OTHER, "what?")
-    fillers = [stage.submit(stage.request((f"filler {i}" * 9,), num_tokens=30)) for i in range(3)]
-    while stage.engine.num_running < 3:
+    parts = (OTHER, " beside ", draw(40, 60, 60), " what?")
+    fillers = [stage.submit(stage.request((draw(seed, 80, 70), "x"))) for seed in (41, 42)]
+    while stage.images.num_encoded < 1:
         stage.engine.step(1)
     request_id = stage.submit(stage.request(parts))
-    for step in range(400):
+    while stage.images.num_encoded < 3:  # both of the fillers, and one of this request
         stage.engine.step(1)
-        if step == 20:
-            for filler in fillers:
-                stage.engine.cancel(filler)
-        moves = stage.ledger.plan_moves(1 << 14, num_spare=60)
+    for filler in fillers:
+        stage.engine.cancel(filler)
+    num_moved, tokens = 0, []
+    while stage.engine.step(1):
+        moves = stage.ledger.plan_moves(1 << 16, num_spare=63)
         if moves is not None:
             stage.engine._arena.copy(moves.copies)
-    tokens, _ = stage.finish()
-    assert request_id in tokens
-    assert tokens[request_id] == stage.expected(parts)
+            num_moved += sum("image" in copy.layout for copy in moves.copies)
+        stage.ledger.check_integrity()
+    for event in stage.engine.drain():
+        if isinstance(event, TokenDelta) and event.request_id == request_id:
+            tokens += event.token_ids
+    assert num_moved, "no feature moved: the test shows nothing"
+    assert tokens == stage.expected(parts)
