@@ -77,6 +77,10 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         | EXPERTS
         | {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 32},
     ),
+    "mamba2": (  # no attention at all
+        "Mamba2",
+        {"num_heads": 12, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+    ),
     "jamba": (  # its mixer forgets its state where several tokens come at once
         "Jamba",
         {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 4}
