@@ -65,13 +65,14 @@ class Pages:
         self.model = model
         self.ledger = Ledger(layout, num_large_pages)
         self.arena = Arena(layout, num_large_pages)
+        self._cost = MeasuredCost()
         self.engine = LanguageEngine(
             {model.spec.name: model},
             self.ledger,
             self.arena,
             RealClock(),
             max_rows=max_rows,
-            cost=MeasuredCost(),
+            cost=self._cost,
             policy=policy,
             max_batch_tokens=max_batch_tokens,
         )
@@ -86,6 +87,11 @@ class Pages:
             GenerateRequest(model=self.model.spec.name, prompt=tuple(prompt), sampling=sampling),
         )
         return request_id
+
+    def estimate_us(self, stage: str, num_tokens: int) -> float:
+        """What one layer, or the head, takes for so many tokens, by what has run so far."""
+        name = self.model.spec.name
+        return float(self._cost.estimate_us(name, stage, num_rows=num_tokens, num_units=1))
 
     def step(self) -> list[Event]:
         """One batch; its events. Raises the error that a request ended with."""

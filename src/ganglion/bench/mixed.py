@@ -1,7 +1,8 @@
 """Bench mixed: two robots at 20 Hz beside a stream of long prompts, in one server; with language models cut short and not.
 
 Called by `ganglion bench mixed`. Robots send recorded-looking noise on a clock of their own and never wait for a reply.
-An observation is missed when no chunk that rests on it or a newer one was there by its deadline.
+An observation is missed when no chunk that rests on it or a newer one was there by its deadline. The same once more in
+simulated time (`bench.mixed_sim`), which other programs on the machine do not disturb.
 """
 
 import threading
@@ -11,10 +12,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from ganglion.bench.fleet import Workload
+from ganglion.bench.generators import Pages
+from ganglion.bench.mixed_sim import (
+    HEAD_ROWS,
+    MEASURED_TOKENS,
+    Traffic,
+    measured_language,
+    simulate,
+)
+from ganglion.bench.pipeline import measured_costs
 from ganglion.bench.result import BenchResult, Plot
 from ganglion.bench.shapes import DENSE, TOY_DENSE
+from ganglion.bench.stream import Frames
 from ganglion.clock import RealClock
 from ganglion.config import EngineConfig, MemoryConfig, PolicyConfig
 from ganglion.errors import GanglionError
@@ -130,6 +142,9 @@ def run(*, quick: bool, seed: int) -> BenchResult:
     alone = side(engine, num_robots=0)
     sliced = side(engine, num_robots=NUM_ROBOTS)
     whole = side(unsliced, num_robots=NUM_ROBOTS)
+    simulated = _simulated(
+        policy, language, engine, (num_prompts, num_tokens), is_quick=quick, seed=seed
+    )
     return BenchResult(
         name="mixed",
         metrics={
@@ -142,6 +157,7 @@ def run(*, quick: bool, seed: int) -> BenchResult:
             "planner_tokens_per_s_alone": alone.tokens_per_s,
             "planner_tokens_per_s_unsliced": whole.tokens_per_s,
             "planner_kept_share": sliced.tokens_per_s / alone.tokens_per_s,
+            **simulated,
         },
         detail=_detail(engine, num_prompts=num_prompts, num_tokens=num_tokens, dtype=dtype)
         | {"num_sent": sliced.num_sent, "num_missed": sliced.num_missed},
@@ -157,6 +173,45 @@ def run(*, quick: bool, seed: int) -> BenchResult:
             ),
         ),
     )
+
+
+def _simulated(
+    policy: Model,
+    language: LanguageModel,
+    engine: EngineConfig,
+    prompts: tuple[int, int],
+    *,
+    is_quick: bool,
+    seed: int,
+) -> dict[str, float]:
+    """Metrics of the same three sides in simulated time; `prompts`: how many, of how many tokens."""
+    torch.set_num_threads(1)
+    frames = Frames(policy, rate_hz=RATE_HZ, seed=seed, world="metaworld")
+    table = measured_costs(policy, frames, num_rounds=1 if is_quick else 10)
+    torch.set_num_threads(engine.language_threads)
+    pages = Pages(language, arena_bytes=GIB, max_rows=HEAD_ROWS)
+    sizes = MEASURED_TOKENS[:4] if is_quick else MEASURED_TOKENS
+    costs = measured_language(pages, num_tokens=sizes, seed=seed)
+    pages.engine.close()
+    traffic = Traffic(
+        num_robots=NUM_ROBOTS,
+        rate_hz=RATE_HZ,
+        deadline_ms=DEADLINE_MS,
+        num_prompts=prompts[0],
+        num_prompt_tokens=prompts[1],
+        num_new_tokens=NUM_NEW_TOKENS,
+        num_open=NUM_OPEN,
+        seed=seed,
+    )
+    unsliced = replace(engine, step_budget_us=UNSLICED_US, language_slice_us=UNSLICED_US)
+    alone = simulate(policy, table, costs, engine, replace(traffic, num_robots=0))
+    sliced = simulate(policy, table, costs, engine, traffic)
+    whole = simulate(policy, table, costs, unsliced, traffic)
+    return {
+        "simulated_robot_miss_rate": sliced.miss_rate(DEADLINE_MS),
+        "simulated_robot_miss_rate_unsliced": whole.miss_rate(DEADLINE_MS),
+        "simulated_planner_kept_share": sliced.tokens_per_s / alone.tokens_per_s,
+    }
 
 
 @contextmanager
