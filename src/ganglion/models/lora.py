@@ -6,7 +6,7 @@ each adapter's for its own rows only (S-LoRA, arXiv 2311.03285). Knows no page i
 Dimension names: token, low and high (widths before and after a product), rank.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
@@ -141,6 +141,12 @@ class LayerDeltas:
         return any(
             (self._layer, product) in group.pieces for group in self._groups for product in products
         )
+
+    def pieces(self, product: str) -> Iterator[tuple[slice | Int[Tensor, " token"], LoraPiece]]:
+        """For a product that is never made as such: tokens, and what their adapter has for it."""
+        for group in self._groups:
+            for piece in group.pieces.get((self._layer, product), ()):
+                yield group.rows, piece
 
     def add(
         self, product: str, x: Float[Tensor, "token low"], out: Float[Tensor, "token high"]

@@ -19,7 +19,6 @@ from ganglion.models.weights import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
-UNADAPTABLE = ("kv_b_proj",)  # is taken apart when the model is packed
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_RANK = 4096
@@ -60,9 +59,7 @@ def lora_sites(spec: DecoderSpec) -> dict[str, LoraSite]:
         head, _, rest = ours.removeprefix("layers.").partition(".")
         start = 0
         for source in target.sources:
-            if len(source.shape) == 2 and not source.name.endswith(
-                tuple(f".{name}.weight" for name in UNADAPTABLE)
-            ):
+            if len(source.shape) == 2:
                 high, low = source.shape
                 sites[source.name.removesuffix(".weight")] = LoraSite(
                     layer=int(head),
@@ -272,8 +269,6 @@ def _why_not(name: str, spec: DecoderSpec) -> str:
         return "adapters of experts are not served"
     if rest == "mlp.gate" or last == "router":
         return "adapters of routers are not served"
-    if last in UNADAPTABLE:
-        return f"adapters of {last} are not served"
     if last in ("embed_tokens", "lm_head"):
         return "adapters of embeddings and heads are not served"
     return "this model has no such layer"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ganglion.errors import CheckpointError
 from ganglion.models.language import KvSpace
-from ganglion.models.lora import LayerDeltas
+from ganglion.models.lora import LayerDeltas, LoraPiece
 from ganglion.models.rotary import Rotation, rotate
 
 MLA_FAMILIES = ("deepseek_v2", "deepseek_v3")
@@ -141,9 +141,13 @@ class Mla(nn.Module):
         to_key, to_value = self._maps()
         plain, turned = torch.split(self._query(x, deltas), [spec.nope_dim, spec.rope_dim], -1)
         asked = torch.bmm(plain.transpose(0, 1), to_key).transpose(0, 1)
+        if deltas is not None:
+            self._adapt_keys(plain, asked, deltas)
         query = torch.cat([asked, self._rotate(turned, by)], dim=-1)
         found = kv.attend(self.layer, query, key[:, None], None, scale=spec.scale)
         value = torch.bmm(found.transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
+        if deltas is not None:
+            self._adapt_values(found, value, deltas)
         return self._product("o_proj", value.flatten(1), deltas)
 
     def _query(
@@ -163,6 +167,37 @@ class Mla(nn.Module):
         if deltas is not None:
             deltas.add(f"attention.{name}", x, out)
         return out
+
+    def _adapt_keys(
+        self,
+        plain: Float[Tensor, "token head nope"],
+        asked: Float[Tensor, "token head rank"],
+        deltas: LayerDeltas,
+    ) -> None:
+        """What adapters add to the map to keys, applied to the query like the map itself."""
+        for rows, piece in deltas.pieces("attention.kv_b_proj"):
+            to_key, _ = self._parted(piece)
+            narrow = torch.einsum("thn,rhn->thr", plain[rows], to_key)
+            asked[rows] += narrow @ piece.down
+
+    def _adapt_values(
+        self,
+        found: Float[Tensor, "token head rank"],
+        value: Float[Tensor, "token head value"],
+        deltas: LayerDeltas,
+    ) -> None:
+        for rows, piece in deltas.pieces("attention.kv_b_proj"):
+            _, to_value = self._parted(piece)
+            narrow = found[rows] @ piece.down.T
+            value[rows] += torch.einsum("thr,rhv->thv", narrow, to_value)
+
+    def _parted(
+        self, piece: LoraPiece
+    ) -> tuple[Float[Tensor, "low head nope"], Float[Tensor, "low head value"]]:
+        """`kv_b_proj`'s rows are each head's part of keys, then its values."""
+        (columns,) = piece.columns
+        up = columns.up.view(len(columns.up), self.spec.num_heads, -1)
+        return up[..., : self.spec.nope_dim], up[..., self.spec.nope_dim :]
 
     def absorb(self) -> None:
         """Lay the maps of the latent out for serving, instead of `kv_b_proj`: cannot be trained or saved then.
