@@ -93,5 +93,8 @@ def test_adapters_are_models(client: openai.OpenAI, expected: dict[str, str]) ->
         model="poet", messages=[{"role": "user", "content": "x"}], max_tokens=2
     )
     assert answer.model == "poet"
+    unnamed = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    body = client.post("/chat/completions", body=unnamed, cast_to=dict[str, object])
+    assert body["model"] == "tiny-llama"
     with pytest.raises(openai.NotFoundError, match="sql"):
         client.completions.create(model="sq", prompt=PROMPT)

@@ -30,11 +30,12 @@ class Catalog:
         self._language = language
 
     def choose(self, fields: Fields) -> Chosen:
-        """The model of a request's field `model`; without it, the only one. Raises ApiError 404, FieldError."""
+        """The model of a request's field `model`; without it, the only one that is no adapter. Raises ApiError 404, FieldError."""
         name = fields.text("model", max_length=MAX_NAME_LENGTH)
         specs = self._language.language_models()
-        if name is None and len(specs) == 1:
-            name = specs[0].name
+        models = [spec.name for spec in specs if not spec.parent]
+        if name is None and len(models) == 1:
+            (name,) = models
         if name is None:
             raise fields.wrong("model", "the name of a model", next_step=self._names())
         spec = self.find(name)
