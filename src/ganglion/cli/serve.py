@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> NoReturn:
             language = service.language
             models = [(spec, language.residence(spec.name)) for spec in language.language_models()]
             print(language_greeting(models, http=http, has_key=has_key))
+            if not service.has_policy:
+                print(f"  dashboard  {http}/")
         print("\nCtrl-C stops.", flush=True)
         stopped.wait()
         print("stopping: robots are told to reconnect (close code 1012)", file=sys.stderr)
