@@ -14,7 +14,8 @@ from tests.e2e.language_stage import NAME, language_stage
 
 PYTHON = ROOT / ".peers" / "clients" / "bin" / "python"
 PROGRAMS = Path(__file__).parent / "clients"
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
+WIDTH = 64
 TASK = [
     {"question": "What lifts a cup?", "choices": ["an arm", "a door"], "gold": 0},
     {"question": "def f(x):", "choices": ["return x", "pass", "\u00e9t\u00e9"], "gold": 1},
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stage(folder):
-    with language_stage(folder, width=64, num_layers=2) as it:
+    with language_stage(folder, width=WIDTH, num_layers=2) as it:
         yield it
 
 
@@ -90,6 +91,10 @@ def test_lm_eval_scores_as_a_direct_computation(stage, reference, folder):
 
 def test_langchain(stage, folder):
     told = told_by("langchain_calls.py", stage.url, NAME, home=folder / "langchain")
+    first, second, third = told["vectors"]
+    assert len(first) == WIDTH
+    assert first == pytest.approx(third, abs=1e-5)
+    assert first != pytest.approx(second, abs=1e-3)
     for name in ("call", "streamed_call"):
         assert told[name]["arm"] in ("left", "right")
         assert told[name]["height_mm"] in (10, 20)
@@ -109,6 +114,7 @@ def test_langchain(stage, folder):
 
 def test_litellm(stage, folder):
     told = told_by("litellm_calls.py", stage.url, NAME, home=folder / "litellm")
+    assert [len(vector) for vector in told["vectors"]] == [WIDTH] * 2
     assert told["streamed"] == told["content"]
     assert 0 < told["num_tokens"] <= 8
     assert told["num_async"] <= 3

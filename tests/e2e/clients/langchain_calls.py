@@ -7,7 +7,7 @@ from typing import Literal
 
 from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI, OpenAI
+from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
 
 
@@ -52,7 +52,12 @@ def main() -> None:
     )  # fmt: skip
     logged = model.bind(logprobs=True, top_logprobs=2, max_tokens=4).invoke("hello")
     text = OpenAI(model=name, base_url=f"{url}/v1", api_key="none", max_tokens=4, temperature=0)
+    # Else it would send ids of OpenAI's own tokenizer.
+    embedder = OpenAIEmbeddings(
+        model=name, base_url=f"{url}/v1", api_key="none", check_embedding_ctx_length=False
+    )
     told = {
+        "vectors": embedder.embed_documents(["an arm", "a door", "an arm"]),
         "call": call["args"],
         "streamed_call": whole.tool_calls[0]["args"],
         "num_pieces": len(pieces),

@@ -61,7 +61,9 @@ def main() -> None:
         },
     )
     text = {"model": f"text-completion-openai/{name}", "prompt": "def main():"} | common
+    embedded = litellm.embedding(model=f"openai/{name}", input=["an arm", "a door"], **common)
     told = {
+        "vectors": [row["embedding"] for row in embedded.data],
         "num_tokens": whole.usage.completion_tokens,
         "streamed": "".join(c.choices[0].delta.content or "" for c in chunks if c.choices),
         "content": whole.choices[0].message.content,
