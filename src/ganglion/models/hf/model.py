@@ -4,6 +4,7 @@ The module's own forward runs, with only some layers computing (`run`) or with n
 (`logits`). So whatever a family does before, between and after its layers is done by its own code. Attention and recurrent states go to pages. Dimension names: as in `models.language`.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,6 +95,7 @@ class HfLanguage:
         groups: Sequence[KvGroup | StateGroup],
     ) -> None:
         self._module, self._decoder, self._seat = module, decoder, seat
+        self._lock = threading.Lock()  # one pass at a time: a model may draft on another thread
         self._spec, self._groups = spec, tuple(groups)
         dims = {
             layer: group.layout.shape[-1]
@@ -129,15 +131,18 @@ class HfLanguage:
         """As LanguageModel.run."""
         # what comes before the first layer (scales, learned positions) is the module's own business
         before = None if layers.start == 0 else hidden[None]
-        self._call(self._decoder, hidden, positions, before, kv, layers)
-        out, self._seat.hidden = self._seat.hidden, None
+        with self._lock:
+            self._call(self._decoder, hidden, positions, before, kv, layers)
+            out, self._seat.hidden = self._seat.hidden, None
         assert out is not None, f"{self._spec.family} ran without its layers"
         return out[0]
 
     def logits(self, hidden: Float[Tensor, "token width"]) -> Float[Tensor, "token vocab"]:
         """As LanguageModel.logits."""
         positions = hidden.new_zeros(len(hidden)).long()
-        made = self._call(self._module, hidden, positions, hidden[None], None, range(0))
+        with self._lock:
+            made = self._call(self._module, hidden, positions, hidden[None], None, range(0))
+            self._seat.hidden = None
         scores: Tensor = made.logits[0].float()
         return scores
 
