@@ -19,8 +19,8 @@ def _threads() -> Iterator[None]:
 
 def test_speculate_in_short() -> None:
     metrics = speculate.run(quick=True, seed=0).metrics
-    assert metrics["best_speedup"] >= metrics["ngram_copied_ratio"] > 1.0
-    assert metrics["worst_ratio_to_plain"] > 0.0
+    assert metrics["best_speedup"] >= metrics["ngram_copied_ratio"]
+    assert 0.0 < metrics["worst_ratio_to_plain"] <= metrics["ngram_new_ratio"]
     assert 0.0 <= metrics["layer_work_saved_share"] <= 1.0
 
 
