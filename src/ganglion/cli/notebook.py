@@ -8,6 +8,7 @@ The same service as behind `ganglion serve`, made when the block begins; its mem
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,6 +120,7 @@ class Engine:
         service.close()
         del service
         torch.set_num_threads(self._num_threads)
+        gc.collect()  # the parts of a service hold each other
         give_back_freed()
 
     # --- language models -----------------------------------------------------------------------------------------
