@@ -186,7 +186,7 @@ def _simulated(
 ) -> dict[str, float]:
     """Metrics of the same three sides in simulated time; `prompts`: how many, of how many tokens."""
     torch.set_num_threads(1)
-    frames = Frames(policy, rate_hz=RATE_HZ, seed=seed, world="metaworld")
+    frames = Frames(policy, rate_hz=RATE_HZ, seed=seed, world="metaworld:push")
     table = measured_costs(policy, frames, num_rounds=1 if is_quick else 10)
     torch.set_num_threads(engine.language_threads)
     pages = Pages(language, arena_bytes=GIB, max_rows=HEAD_ROWS)
