@@ -1,9 +1,11 @@
 """The language engine over pages: equal to the dense model however it is cut, batched, cached or preempted."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
-from ganglion.engine.language_policy import POLICIES
+from ganglion.engine.language_policy import MAX_LAYER_TOKENS, POLICIES, BatchOrder, Policy
 from ganglion.errors import (
     CancelledError,
     ErrorCode,
@@ -83,12 +85,27 @@ def test_slicing_between_layers_changes_no_bit(policy: str) -> None:
     """The same batches, stopped after every layer or not at all."""
     runs = []
     for budget_us in (NO_BUDGET_US, ALL_US):
-        stand = Stand(policy=POLICIES[policy], max_batch_tokens=1)
+        stand = Stand(policy=_unhurried(POLICIES[policy]), max_batch_tokens=1)
         for at, prompt in enumerate(PROMPTS[:6]):
             stand.submit(at, prompt, max_tokens=6, num_logprobs=2)
         stand.run(budget_us)
         runs.append(_logprobs(stand))
     assert runs[0] == runs[1]
+
+
+def _unhurried(policy: Policy) -> Policy:
+    """The budget bounds no layer: the same batches whatever it is."""
+
+    def cut(
+        num_left: Sequence[int],
+        max_tokens: int,
+        *,
+        is_stage_busy: bool,
+        max_layer_tokens: int = MAX_LAYER_TOKENS,
+    ) -> BatchOrder:
+        return policy(num_left, max_tokens, is_stage_busy=is_stage_busy)
+
+    return cut
 
 
 def test_no_budget_runs_one_layer_a_step() -> None:
