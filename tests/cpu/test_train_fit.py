@@ -14,10 +14,10 @@ from ganglion.robots.metaworld import TASKS
 from ganglion.train.dataset import ANY, AugmentConfig, Dataset, Statistics, prompts
 from ganglion.train.demonstrations import CollectConfig, plan_shards
 from ganglion.train.fit import (
-    PERCEPTION,
     FitConfig,
     FitProgress,
     averaged_policy,
+    between,
     draw_of_step,
     fit,
     learning_rate,
@@ -201,18 +201,16 @@ def test_training_goes_on_from_a_checkpoint(data_dir: Path, late_dir: Path, tmp_
     np.testing.assert_allclose(again.statistics.action_mean, fitted.statistics.action_mean)
 
 
-def test_frozen_perception_stays_and_the_expert_learns(late_dir: Path, tmp_path: Path) -> None:
-    config = replace(CONFIG, is_perception_frozen=True)
-    parts: list[dict[str, torch.Tensor]] = []
-    for num_steps in (1, 6):  # the second call goes on from the state of the first
-        result = fit(
-            config, late_dir, tmp_path / "run", lambda _: None, model=MODEL, until_step=num_steps
-        )
-        parts.append({f"policy.{k}": v for k, v in result.policy.state_dict().items()})
-    first, last = parts
-    changed = {name for name in first if not torch.equal(first[name], last[name])}
-    assert changed
-    assert not any(name.startswith(PERCEPTION) for name in changed)
+def test_between_the_start_and_what_was_learnt(data_dir: Path, tmp_path: Path) -> None:
+    fitted = fit(CONFIG, data_dir, tmp_path / "first", lambda _: None, model=MODEL)
+    ship(fitted, tmp_path / "checkpoint")
+    start = load_flow_checkpoint(tmp_path / "checkpoint", dtype=torch.float32)
+    learnt = fit(CONFIG, data_dir, tmp_path / "second", lambda _: None, model=MODEL, start=start)
+    for share in (0.0, 0.3, 1.0):
+        mixed = between(start, learnt, share).policy.state_dict()
+        for name, value in start.policy.state_dict().items():
+            expected = (1 - share) * value + share * learnt.policy.state_dict()[name]
+            torch.testing.assert_close(mixed[name], expected, msg=name)
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:

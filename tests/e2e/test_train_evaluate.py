@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ganglion.errors import FieldError
 from ganglion.models.policies.flow_checkpoint import load_flow_checkpoint
@@ -23,11 +24,13 @@ from ganglion.train.evaluate import (
 )
 from ganglion.train.fit import FitConfig
 from ganglion.train.recipe import (
+    LEARNT_SHARE,
     CorrectionRound,
     DelayRound,
     RecipeConfig,
     Report,
     run_recipe,
+    tune_for_delays,
 )
 from ganglion.types import Execution
 
@@ -94,19 +97,6 @@ def test_the_whole_recipe_in_miniature(tmp_path: Path) -> None:
                 ),
             ),
         ),
-        delays=(
-            DelayRound(
-                drive=DelayedConfig(
-                    num_still_shards=1,
-                    num_moving_shards=1,
-                    num_crossed_shards=1,
-                    episodes_per_shard=1,
-                    policy_ticks=(3, 6),
-                    max_ticks=12,
-                ),
-                fit=FitConfig(num_steps=3, batch_size=8, num_warmup_steps=1),
-            ),
-        ),
         evaluate=EvaluateConfig(seeds=(20_000,), max_ticks=6),
     )
     reports: list[Report] = []
@@ -118,8 +108,8 @@ def test_the_whole_recipe_in_miniature(tmp_path: Path) -> None:
         out_dir=out,
         on_report=reports.append,
     )
-    assert len(list((tmp_path / "data").glob("*.npz"))) == 4 * len(TASKS) + 6
-    assert figures.num_steps == 4 + 3
+    assert len(list((tmp_path / "data").glob("*.npz"))) == 2 * (len(TASKS) + 2)
+    assert figures.num_steps == 4
     assert load_flow_checkpoint(out).spec.horizon == 48
     assert all(task in (out / CARD_FILE).read_text() for task in TASKS)
     assert len(json.loads((out / RESULTS_FILE).read_text())["opposite"]) == 6
@@ -132,3 +122,32 @@ def test_the_whole_recipe_in_miniature(tmp_path: Path) -> None:
         on_report=reports.append,
     )
     assert len(reports) - num_reports == 10 + 10 + 6  # nothing is done again but the measuring
+
+
+def test_late_chunks_are_driven_with_and_learnt_from(tmp_path: Path) -> None:
+    drive = DelayedConfig(
+        num_still_shards=1,
+        num_moving_shards=1,
+        num_crossed_shards=1,
+        episodes_per_shard=1,
+        policy_ticks=(3, 6),
+        max_ticks=12,
+    )
+    fitting = FitConfig(num_steps=2, batch_size=8, num_warmup_steps=1)
+    again = replace(drive, num_crossed_shards=0, round_name="again", hard_factor=2)
+    rounds = (DelayRound(drive=drive, fit=fitting), DelayRound(drive=again, fit=fitting))
+    reports: list[Report] = []
+    data_dir, run_dir = tmp_path / "data", tmp_path / "run"
+    result = tune_for_delays(rounds, SHIPPED, data_dir, run_dir, reports.append)
+    assert result.step == 4
+    # still and moving scenes of every task, two crossed ones; in the second round push and pick-place twice
+    assert len(list(data_dir.glob("*.npz"))) == 2 * len(TASKS) + 2 + 2 * (len(TASKS) + 2)
+    start = load_flow_checkpoint(SHIPPED, dtype=torch.float32).policy.state_dict()
+    learnt = load_flow_checkpoint(run_dir / "delays-1" / "checkpoint", dtype=torch.float32)
+    for name, value in result.policy.state_dict().items():
+        expected = (1 - LEARNT_SHARE) * start[name] + LEARNT_SHARE * learnt.policy.state_dict()[
+            name
+        ]
+        torch.testing.assert_close(
+            value, expected, atol=2e-2, rtol=2e-2, msg=name
+        )  # bfloat16 files

@@ -389,8 +389,9 @@ TRAIN = Command(
                 Flag(
                     name="STAGE",
                     choices=("collect", "fit", "correct", "delays", "evaluate", "all", "lm"),
-                    help="collect demonstrations, fit a policy to them, correct its mistakes, teach it to work with late "
-                    "chunks, evaluate it; all: collect, half of fit, correct, the rest of fit, delays, evaluate; "
+                    help="collect demonstrations, fit a policy to them, correct its mistakes, evaluate it; "
+                    "all: collect, half of fit, correct, the rest of fit, evaluate; "
+                    "delays: from a trained policy on, to one that works with late chunks; "
                     "lm: tiny language models, on text of this Python installation",
                 ),
             ),

@@ -79,7 +79,6 @@ def run_all(args: argparse.Namespace) -> None:
         collect=collect_config(args),
         fit=fitting,
         rounds=rounds,
-        delays=delay_config(args),
         evaluate=EvaluateConfig(seeds=unseen_seeds(args), num_workers=args.workers),
     )
     folder = Path(args.run) / CHECKPOINT

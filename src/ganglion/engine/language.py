@@ -635,3 +635,5 @@ class LanguageEngine:
         for row in rows or host.admitted:
             if row.finish is None:
                 self._end(row.work, error)
+        for work in list(self._works.values()):  # it had its last token before the batch raised
+            self._end_if_done(work)

@@ -20,7 +20,7 @@ LOADERS = {
     "ganglion_flow_grown": "ganglion.models.registry:load_flow",
     "ganglion_temporal": "ganglion.models.registry:load_temporal",
 }
-SHIPPED = ("metaworld-ten", "metaworld-ten-large", "metaworld-hidden")
+SHIPPED = ("metaworld-ten", "metaworld-ten-large", "metaworld-ten-late", "metaworld-hidden")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

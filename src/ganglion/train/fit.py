@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,6 @@ from ganglion.models.tokenizer import WordTokenizer
 from ganglion.train.dataset import ANY, AugmentConfig, Batch, Dataset, Statistics, prompts
 
 _STATE_FILE = "training_state.safetensors"
-PERCEPTION = (
-    "policy.stems.", "policy.view_position", "policy.word.", "policy.text_position", "policy.state_in.",
-    "policy.trunk.", "policy.last_norm.", "policy.last_kv.", "target_head.",
-)  # fmt: skip
 MODEL = FlowConfig(vocab_size=96)  # what the shipped policy is
 
 
@@ -51,7 +47,6 @@ class FitConfig:
     ema_decay: float = 0.998
     prefix_share: float = 0.5
     target_loss_weight: float = 0.5
-    is_perception_frozen: bool = False  # what is seen stays as it is: only the action expert learns
     num_steps_per_state: int = 250
     num_threads: int = 1
     seed: int = 0
@@ -183,10 +178,7 @@ def fit(
         draw = draw_of_step(config, model, step=step, num_committed=num_committed)
         token_ids = _with_unknown_words(token_table, config, step=step)
         flow_loss, target_loss = trainee.losses(batch, token_ids, draw)
-        loss = flow_loss
-        if not config.is_perception_frozen:
-            loss = loss + config.target_loss_weight * target_loss
-        torch.autograd.backward(loss)
+        torch.autograd.backward(flow_loss + config.target_loss_weight * target_loss)
         rate = learning_rate(config, step)
         run.update(rate, step)
         step += 1
@@ -237,9 +229,6 @@ class _Run:
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": rest, "weight_decay": 0.0},
         ]
-        if config.is_perception_frozen:
-            for name, parameter in trainee.named_parameters():
-                parameter.requires_grad_(not name.startswith(PERCEPTION))
         self._optimizer = torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True
         )
@@ -297,9 +286,9 @@ class _Run:
         for name, weight in self._weights.items():
             tensors[f"weight.{name}"] = weight
             tensors[f"average.{name}"] = self._averages[name]
-            moments = self._optimizer.state.get(weight, {})  # none of what is frozen
-            tensors[f"mean.{name}"] = moments.get("exp_avg", torch.zeros_like(weight))
-            tensors[f"square.{name}"] = moments.get("exp_avg_sq", torch.zeros_like(weight))
+            moments = self._optimizer.state[weight]
+            tensors[f"mean.{name}"] = moments["exp_avg"]
+            tensors[f"square.{name}"] = moments["exp_avg_sq"]
         target = run_dir / _STATE_FILE
         partial = target.with_suffix(".partial")
         save_file(tensors, partial, {"step": str(step), "config": json.dumps(asdict(self._config))})
@@ -355,6 +344,22 @@ def averaged_policy(run_dir: Path, *, model: FlowConfig = MODEL) -> FitResult:
     return FitResult(
         policy=run.averaged_policy(), tokenizer=tokenizer, statistics=statistics, step=step
     )
+
+
+def between(start: FlowCheckpoint, result: FitResult, share: float) -> FitResult:
+    """`share` of the way from the weights it began with to those it learnt (WiSE-FT, arXiv 2109.01903).
+
+    A short training on few scenes forgets some of what a long one knew; weights in between keep most of both.
+    """
+    policy = FlowPolicy(result.policy.config)
+    learnt = result.policy.state_dict()
+    policy.load_state_dict(
+        {
+            name: torch.lerp(value.float(), learnt[name], share)
+            for name, value in start.policy.state_dict().items()
+        }
+    )
+    return replace(result, policy=policy.eval())
 
 
 def _with_unknown_words(token_table: Tensor, config: FitConfig, *, step: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""Recipe: everything from nothing to a checkpoint folder with its measured card. Called by `ganglion train all`.
+"""Recipe: everything from nothing to a checkpoint folder with its measured card, and from there to one for late chunks.
+
+Called by `ganglion train all` and `ganglion train delays`.
 
 Owns the order of the parts. Every part keeps what it has finished, so a stopped recipe continues where it was.
 """
@@ -23,9 +25,10 @@ from ganglion.train.evaluate import (
     ambiguous_tasks,
     evaluate,
 )
-from ganglion.train.fit import FitConfig, FitProgress, FitResult, fit
+from ganglion.train.fit import FitConfig, FitProgress, FitResult, between, fit
 from ganglion.train.ship import ship
 
+LEARNT_SHARE = 0.7  # of what training with late chunks learnt; the rest is what was there before
 Report = CollectProgress | FitProgress | TaskResult
 OnReport = Callable[[Report], None]
 
@@ -47,12 +50,12 @@ class DelayRound:
 
 
 def delay_rounds(num_workers: int = 2) -> tuple[DelayRound, ...]:
-    """The shipped policy's."""
+    """Those of the shipped `metaworld-ten-late`."""
     first = FitConfig(
         num_steps=1200,
-        learning_rate=3e-4,
+        learning_rate=4e-4,
         num_warmup_steps=100,
-        is_perception_frozen=True,
+        target_loss_weight=0.1,
         seed=1,
     )
     again = DelayedConfig(
@@ -66,7 +69,7 @@ def delay_rounds(num_workers: int = 2) -> tuple[DelayRound, ...]:
     )
     return (
         DelayRound(drive=DelayedConfig(num_workers=num_workers), fit=first),
-        DelayRound(drive=again, fit=replace(first, seed=2)),
+        DelayRound(drive=again, fit=replace(first, num_steps=1300, learning_rate=3e-4, seed=2)),
     )
 
 
@@ -92,14 +95,13 @@ class RecipeConfig:
     collect: CollectConfig = field(default_factory=CollectConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     rounds: tuple[CorrectionRound, ...] = field(default_factory=_rounds)
-    delays: tuple[DelayRound, ...] = field(default_factory=delay_rounds)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 def run_recipe(
     config: RecipeConfig, *, data_dir: Path, run_dir: Path, out_dir: Path, on_report: OnReport
 ) -> Figures:
-    """Collect, fit with rounds of corrections, then with late chunks, evaluate; writes checkpoint and card into `out_dir`."""
+    """Collect, fit with rounds of corrections, evaluate; writes the checkpoint and its card into `out_dir`."""
     collect(config.collect, data_dir, on_report)
     for number, correction in enumerate(config.rounds):
         draft_dir = run_dir / f"draft-{number}"
@@ -107,11 +109,7 @@ def run_recipe(
             draft = fit(config.fit, data_dir, run_dir, on_report, until_step=correction.after_step)
             ship(draft, draft_dir)
         correct(correction.config, draft_dir, data_dir, on_report)
-    prompt_dir = run_dir / "prompt"
-    prompt = fit(config.fit, data_dir, run_dir, on_report)
-    ship(prompt, prompt_dir)
-    result = tune_for_delays(config.delays, prompt_dir, data_dir, run_dir, on_report)
-    result = replace(result, step=prompt.step + result.step)
+    result = fit(config.fit, data_dir, run_dir, on_report)
     ship(result, out_dir)
     return measure(config.evaluate, result, data_dir=data_dir, out_dir=out_dir, on_report=on_report)
 
@@ -125,21 +123,23 @@ def tune_for_delays(
 ) -> FitResult:
     """Rounds of driving with late chunks and of training, from the checkpoint in `start_dir` on.
 
-    A round drives with what the round before has learnt. All of `data_dir` is trained on.
+    A round drives with what the round before has learnt; all of `data_dir` is trained on. The result lies LEARNT_SHARE of
+    the way from the start to what was learnt. `step`: of all rounds.
     """
+    first = start = load_flow_checkpoint(start_dir, dtype=torch.float32)
     result: FitResult | None = None
     num_steps = 0
     for number, part in enumerate(rounds):
         drive_late(part.drive, start_dir, data_dir, on_report)
-        start = load_flow_checkpoint(start_dir, dtype=torch.float32)
         folder = run_dir / f"delays-{number}"
         result = fit(part.fit, data_dir, folder, on_report, start=start)
         start_dir = folder / "checkpoint"
         ship(result, start_dir)
+        start = load_flow_checkpoint(start_dir, dtype=torch.float32)
         num_steps += result.step
     if result is None:
         raise FieldError("rounds", expected="at least one", got="none")
-    return replace(result, step=num_steps)
+    return replace(between(first, result, LEARNT_SHARE), step=num_steps)
 
 
 def measure(
