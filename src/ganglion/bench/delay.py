@@ -31,7 +31,7 @@ PERIOD_TICKS = 3  # from one observation to the next, when nothing is late
 CLAIMED_DELAY = 8
 NUM_SEEDS = 3  # of each task, mode and delay
 NUM_CLAIMED_SEEDS = 8  # where figures are claimed: without delay and at CLAIMED_DELAY
-OURS = "naive, pipelined"
+OURS = "prefix, pipelined"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
