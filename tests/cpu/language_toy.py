@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ganglion.clock import SimulatedClock
-from ganglion.engine.language import Ended, LanguageEngine
+from ganglion.engine.language import LanguageEngine
+from ganglion.engine.language_requests import Ended
 from ganglion.generation import GenerateRequest, LanguageSpec, Sampling, TokenDelta, Usage
 from ganglion.layout import PageKind, PageLayout, PoolLayout
 from ganglion.memory.arena import Arena

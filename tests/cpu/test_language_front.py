@@ -12,8 +12,8 @@ import torch
 from ganglion.clock import SimulatedClock
 from ganglion.config import ChatConfig, EngineConfig, MemoryConfig
 from ganglion.engine.drafter import DraftCounts
-from ganglion.engine.language import Ended
 from ganglion.engine.language_record import Progress
+from ganglion.engine.language_requests import Ended
 from ganglion.errors import CancelledError, ConfigError, FieldError, GanglionError, OverloadedError
 from ganglion.generation import (
     FinishReason,

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from ganglion.clock import SimulatedClock
 from ganglion.engine.drafter import Speculation
-from ganglion.engine.language import Ended, LanguageEngine
+from ganglion.engine.language import LanguageEngine
 from ganglion.engine.language_policy import POLICIES
+from ganglion.engine.language_requests import Ended
 from ganglion.errors import CheckpointError, FieldError, OutOfPagesError
 from ganglion.generation import GenerateRequest, Sampling, TokenDelta, TokenLogprob, Usage
 from ganglion.layout import PoolLayout

@@ -11,7 +11,8 @@ import transformers
 from PIL import Image
 
 from ganglion.clock import RealClock
-from ganglion.engine.language import Ended, LanguageEngine
+from ganglion.engine.language import LanguageEngine
+from ganglion.engine.language_requests import Ended
 from ganglion.errors import CancelledError, OutOfPagesError
 from ganglion.generation import ChatMessage, GenerateRequest, Picture, Sampling, TokenDelta, Usage
 from ganglion.layout import PoolLayout

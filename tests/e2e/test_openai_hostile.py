@@ -290,11 +290,24 @@ def unchunked(data: bytes):
 
 def test_one_who_never_reads_is_cut_off(stage, monkeypatch):
     monkeypatch.setattr(run, "MAX_UNREAD", 200)
+    num_before = len(stage.watched.trails)
     raw = send(stage, LONG | {"n": 8, "logprobs": 20}, receive_bytes=2_048)
+    wait_until(lambda: len(stage.watched.trails) > num_before)
     stage.wait_for_rest()
     trail = stage.watched.trails[max(stage.watched.trails)]
     assert trail.is_cancelled
     assert isinstance(trail.end, CancelledError)
+    raw.close()
+
+
+def test_one_who_never_reads_does_not_keep_the_server_from_stopping(tmp_path):
+    with language_stage(tmp_path) as own:
+        raw = send(own, LONG | {"n": 8, "logprobs": 20}, receive_bytes=2_048)
+        wait_until(lambda: any(trail.num_deltas > 100 for trail in own.watched.trails.values()))
+        stopping = threading.Thread(target=own.server.stop, daemon=True)
+        stopping.start()
+        stopping.join(30.0)
+        assert not stopping.is_alive()
     raw.close()
 
 

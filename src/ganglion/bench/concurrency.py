@@ -13,7 +13,7 @@ import torch
 from ganglion.bench.generators import Pages
 from ganglion.bench.result import BenchResult, Plot
 from ganglion.bench.shapes import TOY_DENSE
-from ganglion.engine.language import Ended
+from ganglion.engine.language_requests import Ended
 from ganglion.models.decoder_load import random_language
 from ganglion.units import MIB
 

@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 
 from ganglion.clock import RealClock
-from ganglion.engine.language import Ended, Event, LanguageEngine
+from ganglion.engine.language import LanguageEngine
 from ganglion.engine.language_policy import Policy, chunked
+from ganglion.engine.language_requests import Ended, Event
 from ganglion.errors import GanglionError
 from ganglion.generation import GenerateRequest, Sampling, TokenDelta
 from ganglion.layout import PoolLayout

@@ -19,8 +19,8 @@ from ganglion.bench.generators import Pages
 from ganglion.bench.result import BenchResult, Plot
 from ganglion.bench.shapes import MOE, TOY_MOE
 from ganglion.clock import Clock, RealClock
-from ganglion.engine.language import Ended
 from ganglion.engine.language_policy import POLICIES
+from ganglion.engine.language_requests import Ended
 from ganglion.generation import TokenDelta
 from ganglion.layout import DTYPE_BYTES
 from ganglion.models.decoder_load import random_language

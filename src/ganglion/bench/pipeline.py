@@ -191,6 +191,7 @@ class Order:
     way: Way
     table: CostTable
     num_lanes: int
+    policy: str
     dtype: str
     task: str
     seeds: tuple[int, ...]
@@ -206,8 +207,9 @@ def fly_all(
     *,
     seeds: int,
     quick: bool,
+    policy: str = SMALL,
 ) -> dict[str, list[FlightResult]]:
-    """Episodes of the moving tasks by way; two worker processes.
+    """Episodes of the moving tasks by way, `policy` computing; two worker processes.
 
     Degrees that keep the same number of chunks under way fly the same episodes: once is enough.
     """
@@ -218,6 +220,7 @@ def fly_all(
             way=way,
             table=tables[lanes_of[way.name]] if way.name in lanes_of else bare,
             num_lanes=len(LANES[lanes_of[way.name]]) if way.name in lanes_of else 1,
+            policy=policy,
             dtype=dtype,
             task=task,
             seeds=tuple(UNSEEN_SEEDS)[:seeds],
@@ -253,7 +256,7 @@ def _first_alike(way: Way, chosen: Sequence[Way], lanes_of: Mapping[str, str]) -
 def fly(order: Order) -> tuple[str, list[FlightResult]]:
     """Run in a worker."""
     torch.set_num_threads(1)
-    model = load_policy(policy_folder(SMALL), dtype=order.dtype)
+    model = load_policy(policy_folder(order.policy), dtype=order.dtype)
     flight = Flight(
         pipeline=order.way.pipeline,
         execution=order.way.execution,

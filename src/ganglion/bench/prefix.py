@@ -13,7 +13,7 @@ from ganglion.bench.generators import Pages
 from ganglion.bench.result import BenchResult, Plot
 from ganglion.bench.shapes import DENSE, TOY_DENSE
 from ganglion.clock import Clock, RealClock
-from ganglion.engine.language import Ended
+from ganglion.engine.language_requests import Ended
 from ganglion.errors import GanglionError
 from ganglion.generation import TokenDelta, Usage
 from ganglion.models.decoder_load import random_language

@@ -20,7 +20,8 @@ from ganglion.bench.result import BenchResult, Plot
 from ganglion.bench.shapes import DENSE, TOY_DENSE
 from ganglion.clock import RealClock
 from ganglion.engine.drafter import NGRAM, OFF, DraftCounts, Speculation
-from ganglion.engine.language import Ended, LanguageEngine
+from ganglion.engine.language import LanguageEngine
+from ganglion.engine.language_requests import Ended
 from ganglion.errors import GanglionError
 from ganglion.generation import GenerateRequest, LanguageSpec, Sampling, TokenDelta
 from ganglion.layout import PoolLayout

@@ -7,35 +7,30 @@ robots' steps with the time that is left. Owns its requests and their rows; know
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from ganglion.clock import Clock
 from ganglion.engine.drafter import DraftCounts, Drafter, Speculation
 from ganglion.engine.language_batch import LanguageBatches
+from ganglion.engine.language_commit import Commits
 from ganglion.engine.language_forward import Forward
 from ganglion.engine.language_host import ENCODE, HEAD, LAYERS, LanguageHost, open_host
 from ganglion.engine.language_policy import Policy, chunked
 from ganglion.engine.language_record import (
     MAX_RECORDS,
     Progress,
-    WorkTrace,
     progress,
     step_record,
-    trace,
 )
+from ganglion.engine.language_requests import Event, LanguageRequests
 from ganglion.engine.language_work import LanguageRow, LanguageWork, Part
 from ganglion.engine.pooling import Pool
 from ganglion.engine.sampler import (
     Matcher,
-    Sampled,
     SamplerState,
     check_sampling,
-    score_tokens,
 )
-from ganglion.engine.verify import verify
 from ganglion.errors import (
     CancelledError,
     FieldError,
@@ -43,12 +38,8 @@ from ganglion.errors import (
     InternalError,
 )
 from ganglion.generation import (
-    Embedded,
     FinishReason,
     GenerateRequest,
-    PromptScored,
-    TokenDelta,
-    Usage,
 )
 from ganglion.memory.arena import Arena
 from ganglion.memory.ledger import Ledger
@@ -59,21 +50,6 @@ from ganglion.plan.cost import CostModel
 from ganglion.types import LanguageStepRecord, RequestId
 
 logger = logging.getLogger(__name__)
-
-
-MAX_SCORED_TOKENS = 64  # whose scores of the whole vocabulary exist at once
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """The last event of a request: what it took, or the error that ended it."""
-
-    request_id: RequestId
-    outcome: Usage | GanglionError
-    trace: WorkTrace | None = field(default=None, compare=False)  # None: it was refused
-
-
-Event = TokenDelta | PromptScored | Embedded | Ended
 
 
 class LanguageEngine:
@@ -109,9 +85,11 @@ class LanguageEngine:
         self._hosts: dict[str, LanguageHost] = {}
         for name, model in models.items():
             self.open_model(name, model)
+        self._requests = LanguageRequests(self._hosts, lambda row: self._drafter.forget(row))
         self._drafter = Drafter(
-            self._hosts, arena, clock, speculation or Speculation(), self._state_of
+            self._hosts, arena, clock, speculation or Speculation(), self._requests.draws
         )
+        self._commits = Commits(self._requests, self._drafter, clock)
         self._batches = LanguageBatches(
             self._hosts,
             arena,
@@ -121,10 +99,6 @@ class LanguageEngine:
             max_batch_tokens=max_batch_tokens,
             is_deterministic=is_deterministic,
         )
-        self._works: dict[RequestId, LanguageWork] = {}
-        self._draws: dict[RequestId, list[SamplerState]] = {}
-        self._pools: dict[RequestId, Pool] = {}  # of requests for a vector
-        self._events: list[Event] = []
         self._num_arrivals = 0
         self._last_host = ""
         self._num_steps = 0
@@ -134,12 +108,12 @@ class LanguageEngine:
     @property
     def has_work(self) -> bool:
         """Is a request waiting or in flight?"""
-        return bool(self._works)
+        return bool(self._requests.works)
 
     @property
     def num_under_way(self) -> int:
         """Requests waiting or in flight."""
-        return len(self._works)
+        return len(self._requests.works)
 
     @property
     def num_preemptions(self) -> int:
@@ -158,7 +132,7 @@ class LanguageEngine:
 
     def progress(self) -> dict[RequestId, Progress]:
         """How far each request is, in the order in which they came."""
-        return {request_id: progress(work) for request_id, work in self._works.items()}
+        return {request_id: progress(work) for request_id, work in self._requests.works.items()}
 
     # --- models --------------------------------------------------------------------------------------------------
 
@@ -184,11 +158,11 @@ class LanguageEngine:
         """Queue one request; what is wrong with it is its end. `matchers`: one per choice where there is a grammar."""
         try:
             self._check(request, matchers)
+            pool = None
             if request.pooling is not None:
-                model = self._hosts[request.model].model
-                self._pools[request_id] = Pool(model, request.pooling)
+                pool = Pool(self._hosts[request.model].model, request.pooling)
         except GanglionError as error:
-            self._events.append(Ended(request_id=request_id, outcome=error))
+            self._requests.refuse(request_id, error)
             return
         host = self._hosts[request.model]
         self._num_arrivals += 1
@@ -197,7 +171,7 @@ class LanguageEngine:
         work.rows = [
             LanguageRow(work=work, choice=0, tokens=list(request.prompt), tables=tables, keys=keys)
         ]
-        self._draws[request_id] = [
+        draws = [
             SamplerState(
                 request.sampling,
                 prompt_ids=request.prompt,
@@ -206,27 +180,26 @@ class LanguageEngine:
             )
             for choice in range(request.num_choices)
         ]
-        self._works[request_id] = work
+        self._requests.open(work, draws, pool)
         host.rows += work.rows
 
     def cancel(self, request_id: RequestId, reason: GanglionError | None = None) -> None:
         """Drop a request; its pages are back at once, its outcome is `reason` (default CancelledError)."""
-        work = self._works.get(request_id)
+        work = self._requests.works.get(request_id)
         if work is not None:
-            self._end(work, reason or CancelledError("request was cancelled"))
+            self._requests.end(work, reason or CancelledError("request was cancelled"))
 
     def stop(self, request_id: RequestId, choice: int) -> None:
         """One choice has what its user wants (a stop string): the others go on, Usage comes with the last."""
-        work = self._works.get(request_id)
+        work = self._requests.works.get(request_id)
         row = None if work is None else next((r for r in work.rows if r.choice == choice), None)
         if work is not None and work.is_forked and row is not None and row.finish is None:
-            self._finish_row(row, FinishReason.STOP)
-            self._end_if_done(work)
+            self._requests.finish_row(row, FinishReason.STOP)
+            self._requests.end_if_done(work)
 
     def drain(self) -> list[Event]:
         """What happened since the last call, in order."""
-        events, self._events = self._events, []
-        return events
+        return self._requests.drain()
 
     def preempt_latest(self) -> bool:
         """Give the pages of the request that came last back, to be computed again later. False: nobody holds any."""
@@ -244,13 +217,10 @@ class LanguageEngine:
 
     def close(self) -> None:
         """Drop all requests; the ledger may go on without this engine."""
-        for request_id in list(self._works):
+        for request_id in list(self._requests.works):
             self.cancel(request_id)
         self._drafter.close()
         self._ledger.detach(self)
-
-    def _state_of(self, row: LanguageRow) -> SamplerState:
-        return self._draws[row.work.request_id][row.choice]
 
     def _check(self, request: GenerateRequest, matchers: Sequence[Matcher]) -> None:
         host = self._hosts.get(request.model)
@@ -344,10 +314,10 @@ class LanguageEngine:
                 began_s, now_s = now_s, self._clock.now_s()
                 host.observe(ENCODE, 1, num_run, (now_s - began_s) * 1e6)
         except GanglionError as error:
-            self._end(work, error)
+            self._requests.end(work, error)
         except Exception:
             logger.exception("a picture of %s failed", work.request_id)
-            self._end(work, InternalError("the model failed on this picture"))
+            self._requests.end(work, InternalError("the model failed on this picture"))
         self._record(host, (), range(0), budget_us, start_s)
         return True
 
@@ -414,216 +384,12 @@ class LanguageEngine:
                 host.observe(LAYERS, num_tokens, num_layers, (now_s - began_s) * 1e6)
         left_us = budget_us - (now_s - start_s) * 1e6
         if not has_run or left_us >= host.estimate_us(HEAD, forward.num_tokens):
-            self._commit(host, forward)
-
-    # --- committing it -------------------------------------------------------------------------------------------
-
-    def _commit(self, host: LanguageHost, forward: Forward) -> None:
-        """Cursors move, full pages can be found, and who is up to date draws a token."""
-        host.forward = None
-        self._drafter.pause()
-        strands = [] if forward.lead is None else [forward.lead]
-        if forward.stage is not None:
-            forward.stage.next_group += 1
-            if forward.stage.is_done:
-                strands.append(forward.stage.strand)
-                host.stage = None
-            elif not forward.stage.strand.parts:
-                host.stage = None
-        drawing: list[Part] = []
-        hidden: list[Tensor] = []
-        num_taken: dict[LanguageRow, int] = {}
-        for strand in strands:
-            at = 0
-            for part in strand.parts:
-                of_part = strand.hidden[at : at + part.num_tokens]
-                at += part.num_tokens
-                self._score_prompt(forward, part, of_part)
-                part.row.num_computed = part.end
-                host.settle(part.row)
-                if part.row in host.suspects:
-                    host.suspects.remove(part.row)
-                pool = self._pools.get(part.row.work.request_id)
-                if pool is not None:
-                    pool.add(part.start, of_part)
-                elif part.is_newest:
-                    drawing.append(part)
-                    hidden.append(of_part[-1 - len(part.draft) :])
-        if drawing:
-            began_s = self._clock.now_s()
-            lines = torch.cat(hidden)
-            num_taken = self._draw(host, drawing, forward.logits(lines))
-            run_us = (self._clock.now_s() - began_s) * 1e6
-            host.observe(HEAD, len(lines), 1, run_us)
-        parts = [part for strand in strands for part in strand.parts]
-        self._drafter.commit(host, parts, num_taken)
-        for part in parts:
-            if part.is_newest:
-                self._embed(part.row.work)
-
-    def _embed(self, work: LanguageWork) -> None:
-        """The prompt is computed: where its vector was asked for, that is all."""
-        pool = self._pools.get(work.request_id)
-        if pool is not None:
-            self._events.append(Embedded(request_id=work.request_id, vector=pool.vector()))
-            self._end(work, work.usage)
-
-    def _score_prompt(self, forward: Forward, part: Part, hidden: Tensor) -> None:
-        """Keep what the model gives the prompt's tokens, where that was asked for."""
-        work = part.row.work
-        num_top = work.request.num_prompt_logprobs
-        if num_top is None or work.is_forked:
-            return
-        if not part.start:
-            work.prompt_scores = [None]
-        prompt = work.request.prompt
-        assert work.prompt_scores is not None, "the prompt was not computed from its start"
-        for start in range(part.start, part.end, MAX_SCORED_TOKENS):
-            targets = prompt[start + 1 : min(start + MAX_SCORED_TOKENS, part.end) + 1]
-            first = start - part.start
-            logits = forward.logits(hidden[first : first + len(targets)]) if targets else None
-            if logits is not None:
-                work.prompt_scores += score_tokens(logits, targets, [num_top] * len(targets))
-
-    def _draw(
-        self, host: LanguageHost, parts: Sequence[Part], logits: Tensor
-    ) -> dict[LanguageRow, int]:
-        """The next tokens of every choice; where the prompt was computed just now, the choices part.
-
-        `logits` [line, vocab]: of each part, one line and one more for each token of its draft. Returns how many tokens
-        were drawn for each row, with the one that ends a text.
-        """
-        choices: list[LanguageRow] = []
-        firsts: list[int] = []
-        drafts: list[tuple[int, ...]] = []
-        line = 0
-        for part in parts:
-            row = part.row
-            forked = [row] if row.work.is_forked else self._fork(host, row)
-            choices += forked
-            firsts += [line] * len(forked)
-            drafts += [part.draft] * len(forked)
-            line += 1 + len(part.draft)
-        draws = [self._state_of(row) for row in choices]
-        taken = verify(host.sampler, logits, firsts, draws, drafts)
-        num_taken: dict[LanguageRow, int] = {}
-        for row, drawn, state, draft in zip(choices, taken, draws, drafts, strict=True):
-            if row.finish is None and row.work.request_id in self._works:
-                num_taken[row] = self._take(host, row, drawn, draft, is_complete=state.is_done)
-        for work in {part.row.work for part in parts}:
-            self._end_if_done(work)
-        return num_taken
-
-    def _fork(self, host: LanguageHost, row: LanguageRow) -> list[LanguageRow]:
-        """The prompt is computed: one row for each choice goes on from it."""
-        work = row.work
-        work.is_forked = True
-        if work.prompt_scores is not None:
-            self._events.append(
-                PromptScored(request_id=work.request_id, logprobs=tuple(work.prompt_scores))
-            )
-            work.prompt_scores = None
-        at = host.rows.index(row)
-        for choice in range(1, work.request.num_choices):
-            tables, keys = host.pages.fork(row)
-            other = LanguageRow(
-                work=work,
-                choice=choice,
-                tokens=list(row.tokens),
-                tables=tables,
-                keys=keys,
-                num_computed=row.num_computed,
-                is_admitted=True,
-            )
-            work.rows.append(other)
-            host.rows.insert(at + choice, other)
-        return work.rows
-
-    def _take(
-        self,
-        host: LanguageHost,
-        row: LanguageRow,
-        drawn: Sequence[Sampled | GanglionError],
-        draft: Sequence[int],
-        *,
-        is_complete: bool,
-    ) -> int:
-        """Give a choice its tokens, up to its end; returns how many of them were used, an end of text included."""
-        spec, sampling = host.model.spec, row.work.request.sampling
-        kept: list[Sampled] = []
-        finish, stop_token_id, num_used = None, None, 0
-        for one in drawn:
-            if isinstance(one, GanglionError):
-                if kept:
-                    self._emit(row, kept, finish=None)
-                self._end(row.work, one)
-                return num_used
-            num_used += 1
-            token_id = one.token_id
-            is_eos = token_id in spec.eos_ids and not sampling.is_eos_ignored
-            if is_eos or token_id in sampling.stop_token_ids:
-                finish, stop_token_id = FinishReason.STOP, token_id
-                break
-            row.tokens.append(token_id)
-            row.work.num_emitted += 1
-            kept.append(one)
-            if row.num_drawn >= sampling.max_tokens or len(row.tokens) >= spec.max_tokens:
-                finish = FinishReason.LENGTH
-                break
-        if is_complete and stop_token_id is None and num_used == len(drawn):
-            finish = FinishReason.STOP
-        if draft:  # as if its tokens had been computed one by one
-            row.num_computed += num_used - 1
-            host.pages.settle(row)
-            host.pages.trim(row)
-        self._emit(row, kept, finish=finish, stop_token_id=stop_token_id)
-        return num_used
-
-    def _emit(
-        self,
-        row: LanguageRow,
-        drawn: Sequence[Sampled],
-        *,
-        finish: FinishReason | None,
-        stop_token_id: int | None = None,
-    ) -> None:
-        self._events.append(
-            TokenDelta(
-                request_id=row.work.request_id,
-                choice=row.choice,
-                token_ids=tuple(one.token_id for one in drawn),
-                logprobs=tuple(one.logprob for one in drawn if one.logprob is not None),
-                finish=finish,
-                stop_token_id=stop_token_id,
-            )
-        )
-        if finish is not None:
-            self._finish_row(row, finish)
-
-    def _finish_row(self, row: LanguageRow, finish: FinishReason) -> None:
-        row.finish = finish
-        host = self._hosts[row.work.request.model]
-        self._drafter.forget(row)
-        host.release(row)
-        host.rows.remove(row)
-
-    def _end_if_done(self, work: LanguageWork) -> None:
-        if work.is_done and work.request_id in self._works:
-            self._end(work, work.usage)
-
-    def _end(self, work: LanguageWork, outcome: Usage | GanglionError) -> None:
-        """Exactly once for each request."""
-        del self._works[work.request_id], self._draws[work.request_id]
-        self._pools.pop(work.request_id, None)
-        for row in work.rows:
-            if row.finish is None:
-                self._finish_row(row, FinishReason.STOP)
-        self._events.append(Ended(request_id=work.request_id, outcome=outcome, trace=trace(work)))
+            self._commits.commit(host, forward)
 
     def _end_starved(self) -> None:
         starved, self._batches.starved = self._batches.starved, []
         for work, error in starved:
-            self._end(work, error)
+            self._requests.end(work, error)
 
     def _fail(self, host: LanguageHost, error: GanglionError) -> None:
         """A batch raised: every row of it is run alone, so that one bad request does not spoil its batch mates."""
@@ -634,6 +400,8 @@ class LanguageEngine:
             return
         for row in rows or host.admitted:
             if row.finish is None:
-                self._end(row.work, error)
-        for work in list(self._works.values()):  # it had its last token before the batch raised
-            self._end_if_done(work)
+                self._requests.end(row.work, error)
+        for work in list(
+            self._requests.works.values()
+        ):  # it had its last token before the batch raised
+            self._requests.end_if_done(work)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ganglion.clock import Clock
-from ganglion.engine.language import Ended
 from ganglion.engine.language_record import WorkTrace
+from ganglion.engine.language_requests import Ended
 from ganglion.engine.sampler import Matcher
 from ganglion.errors import (
     CancelledError,
