@@ -41,6 +41,7 @@ PING_INTERVAL_S, PING_TIMEOUT_S = 10.0, 30.0
 MAX_HEADER_BYTES = 16 * KIB
 MAX_HTTP_CONNECTIONS = 64
 STOP_TIMEOUT_S = 3
+LAST_WORD_S = 1.0  # after that, in which a reader learns why its stream ends
 START_TIMEOUT_S = 30.0
 LISTEN_BACKLOG = 256
 DEAD_PEER_S = 40
@@ -133,7 +134,7 @@ class Server:
             is_language_only=is_language_only,
         )
         sock = _bind(config)
-        server = uvicorn.Server(
+        server = _Uvicorn(
             uvicorn.Config(
                 app,
                 http=cast(type[asyncio.Protocol], impatient_h11),
@@ -272,6 +273,20 @@ def run(
     if on_bound is not None:
         on_bound(server)
     server.serve()
+
+
+class _Uvicorn(uvicorn.Server):
+    """One who never reads does not keep it from stopping."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        tasks = list(self.server_state.tasks)  # cancelled by now: some have a last word
+        if tasks:
+            await asyncio.wait(tasks, timeout=LAST_WORD_S)
+        for connection in list(self.server_state.connections):
+            transport = getattr(connection, "transport", None)
+            if transport is not None:
+                transport.abort()
 
 
 def _notice_dead_peers(sock: socket.socket) -> None:

@@ -34,8 +34,6 @@ from ganglion.units import KIB
 
 logger = logging.getLogger(__name__)
 
-LAST_WORD_S = 1.0  # in which a client takes the news that the server stops
-
 BODY_TIMEOUT_S = 10.0  # between two parts of a body
 BODY_S = 60.0  # for all of it: a client that sends a byte now and then holds a connection no longer
 FIRST_ITEM_S = 1.0  # an error before that has a status of its own; then the stream begins
@@ -100,9 +98,7 @@ class GenerateEndpoint:
         except asyncio.CancelledError:
             # By the server's end, after its time of grace. The task ends here either way; passed on, uvicorn would log
             # it as a defect.
-            with contextlib.suppress(TimeoutError):  # who does not read cannot be told
-                async with asyncio.timeout(LAST_WORD_S):
-                    await reply.fail(CancelledError("the server is stopping"))
+            await reply.fail(CancelledError("the server is stopping"))
         except Exception:
             logger.exception("%s failed on %s", reply.request_id, scope["path"])
             await reply.fail(InternalError("see the log"))
