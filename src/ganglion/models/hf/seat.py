@@ -5,7 +5,7 @@ the module that calls it.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from ganglion.models.language import KvSpace
 _ATTRIBUTE = "ganglion_seat"
 
 
+@runtime_checkable
 class Attend(Protocol):
     """How attention is computed now: [1, head, token, dim] asks [1, kv, token, dim]; out [1, token, head, dim]."""
 
