@@ -293,9 +293,10 @@ def test_one_who_never_reads_is_cut_off(stage, monkeypatch):
     num_before = len(stage.watched.trails)
     raw = send(stage, LONG | {"n": 8, "logprobs": 20}, receive_bytes=2_048)
     wait_until(lambda: len(stage.watched.trails) > num_before)
-    stage.wait_for_rest()
     trail = stage.watched.trails[max(stage.watched.trails)]
-    assert trail.is_cancelled
+    wait_until(lambda: trail.end is not None)
+    wait_until(lambda: trail.is_cancelled)  # noted after the end is heard
+    stage.wait_for_rest()
     assert isinstance(trail.end, CancelledError)
     raw.close()
 
